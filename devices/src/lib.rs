@@ -1,0 +1,1 @@
+//! What the guest sees: the passthrough endpoint, its backends, and the few platform devices.

@@ -1,0 +1,1 @@
+//! The VMM's end of a vfio-user connection.
