@@ -46,6 +46,11 @@ impl BarIndex {
     }
 
     /// Its number, 0 to 5.
+    pub const fn number(self) -> u8 {
+        self.0
+    }
+
+    /// Its number, 0 to 5, for indexing.
     pub const fn index(self) -> usize {
         self.0 as usize
     }

@@ -1,0 +1,313 @@
+//! Base address registers: what a function decodes, and where (7.5.1.2.1).
+
+use thiserror::Error;
+
+use crate::endpoint::BarIndex;
+use crate::header::{self, Command};
+use crate::register::{self, Register};
+
+/// What space a BAR is in, and how wide its address is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum BarKind {
+    /// I/O ports.
+    Io,
+    /// Memory, with a 32-bit address.
+    Memory32 {
+        /// Whether reads have no side effects and writes may be merged.
+        prefetchable: bool,
+    },
+    /// Memory, with a 64-bit address: the register after this one is its upper half.
+    Memory64 {
+        /// Whether reads have no side effects and writes may be merged.
+        prefetchable: bool,
+    },
+}
+
+impl BarKind {
+    /// The read-only bits at the bottom of the register: 3:0 for memory, 1:0 for I/O.
+    const fn type_bits(self) -> u32 {
+        match self {
+            Self::Io => 0b0001,
+            Self::Memory32 { prefetchable } => (prefetchable as u32) << 3,
+            Self::Memory64 { prefetchable } => 0b0100 | (prefetchable as u32) << 3,
+        }
+    }
+
+    /// The kind that a register with these type bits has.
+    fn from_type_bits(bar: BarIndex, register: u32) -> Result<Self, BarError> {
+        let prefetchable = register & 0b1000 != 0;
+        match register & 0b0111 {
+            0b0000 => Ok(Self::Memory32 { prefetchable }),
+            0b0100 => Ok(Self::Memory64 { prefetchable }),
+            reserved @ (0b0010 | 0b0110) => Err(BarError::ReservedType {
+                bar,
+                bits: reserved >> 1,
+            }),
+            _ => Ok(Self::Io),
+        }
+    }
+
+    /// The smallest and the largest size in bytes. An I/O BAR is at most 256 bytes (PCI Local Bus 3.0, 6.2.5.1).
+    const fn sizes(self) -> (u64, u64) {
+        match self {
+            Self::Io => (4, 256),
+            Self::Memory32 { .. } => (16, 1 << 31),
+            Self::Memory64 { .. } => (16, 1 << 63),
+        }
+    }
+
+    /// The last address of the space: an x86 has 64 Ki ports.
+    const fn last_address(self) -> u64 {
+        match self {
+            Self::Io => 0xffff,
+            Self::Memory32 { .. } => u32::MAX as u64,
+            Self::Memory64 { .. } => u64::MAX,
+        }
+    }
+
+    const fn enabled_by(self) -> Command {
+        match self {
+            Self::Io => Command::IO_SPACE,
+            Self::Memory32 { .. } | Self::Memory64 { .. } => Command::MEMORY_SPACE,
+        }
+    }
+}
+
+/// A BAR that a function has.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct BarSpec {
+    /// What space it is in.
+    pub kind: BarKind,
+    /// How many bytes it decodes, a power of two.
+    pub size: u64,
+}
+
+impl BarSpec {
+    /// What BARs a device has, by the registers in its configuration space and the sizes of its regions in bytes,
+    /// zero for those it has not.
+    ///
+    /// A size that no BAR can have is rounded up. The upper half of a 64-bit BAR is never a BAR of its own, whatever
+    /// its register or its size say: libvfio-user has 1 there until it is first written.
+    pub fn from_registers(
+        registers: [u32; 6],
+        sizes: [u64; 6],
+    ) -> Result<[Option<Self>; 6], BarError> {
+        let mut specs = [None; 6];
+        let mut upper_half = false;
+        for (((bar, register), size), slot) in BarIndex::ALL
+            .into_iter()
+            .zip(registers)
+            .zip(sizes)
+            .zip(&mut specs)
+        {
+            if std::mem::take(&mut upper_half) || size == 0 {
+                continue;
+            }
+            let kind = BarKind::from_type_bits(bar, register)?;
+            let (min, max) = kind.sizes();
+            let Some(rounded) = size.max(min).checked_next_power_of_two() else {
+                return Err(BarError::Size {
+                    bar,
+                    size,
+                    min,
+                    max,
+                });
+            };
+            upper_half = matches!(kind, BarKind::Memory64 { .. });
+            *slot = Some(Self {
+                kind,
+                size: rounded,
+            });
+        }
+        if upper_half {
+            return Err(BarError::NoUpperHalf);
+        }
+        Ok(specs)
+    }
+
+    const fn is_64bit(&self) -> bool {
+        matches!(self.kind, BarKind::Memory64 { .. })
+    }
+}
+
+/// Why a function cannot have these BARs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Error)]
+pub enum BarError {
+    /// A size that is no power of two, or out of bounds.
+    #[error("{bar} is {size:#x} bytes, which is no power of two from {min:#x} to {max:#x}")]
+    Size {
+        /// Which BAR.
+        bar: BarIndex,
+        /// Its size.
+        size: u64,
+        /// The smallest that its kind can have.
+        min: u64,
+        /// The largest that its kind can have.
+        max: u64,
+    },
+    /// A BAR in the upper half of another.
+    #[error("{bar} is where the upper half of {lower} is")]
+    UpperHalf {
+        /// The BAR that cannot be.
+        bar: BarIndex,
+        /// The 64-bit BAR before it.
+        lower: BarIndex,
+    },
+    /// The last BAR is a 64-bit one.
+    #[error("BAR5 is a 64-bit BAR, and there is no register for its upper half")]
+    NoUpperHalf,
+    /// A memory BAR of a type that is reserved: 01b was "below 1 MiB" before PCI 3.0.
+    #[error("{bar} is of the reserved memory type {bits:#04b}")]
+    ReservedType {
+        /// Which BAR.
+        bar: BarIndex,
+        /// Bits 2:1 of its register.
+        bits: u32,
+    },
+}
+
+/// A function's six base address registers.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Bars {
+    specs: [Option<BarSpec>; 6],
+    registers: [Register; 6],
+}
+
+impl Bars {
+    /// Registers for these BARs, all at address zero. The slot after a 64-bit BAR must be `None`.
+    pub fn new(specs: [Option<BarSpec>; 6]) -> Result<Self, BarError> {
+        let mut registers = [Register::default(); 6];
+        let mut lower: Option<(BarIndex, BarSpec)> = None;
+        for ((bar, spec), register) in BarIndex::ALL.into_iter().zip(specs).zip(&mut registers) {
+            match (lower.take(), spec) {
+                (None, None) => (),
+                (None, Some(spec)) => {
+                    let (min, max) = spec.kind.sizes();
+                    if !spec.size.is_power_of_two() || !(min..=max).contains(&spec.size) {
+                        return Err(BarError::Size {
+                            bar,
+                            size: spec.size,
+                            min,
+                            max,
+                        });
+                    }
+                    register.value = spec.kind.type_bits();
+                    (register.writable, _) = halves(!(spec.size - 1));
+                    lower = spec.is_64bit().then_some((bar, spec));
+                }
+                (Some((_, lower)), None) => {
+                    (_, register.writable) = halves(!(lower.size - 1));
+                }
+                (Some((lower, _)), Some(_)) => return Err(BarError::UpperHalf { bar, lower }),
+            }
+        }
+        match lower {
+            None => Ok(Self { specs, registers }),
+            Some(_) => Err(BarError::NoUpperHalf),
+        }
+    }
+
+    /// The guest reads at `offset` of the configuration space. Bytes outside the registers are left as they are.
+    pub fn read(&self, offset: u16, data: &mut [u8]) {
+        if let Some(offset) = offset.checked_sub(header::BARS) {
+            register::read(&self.registers, offset.into(), data);
+        }
+    }
+
+    /// The guest writes at `offset` of the configuration space. Bytes outside the registers are dropped.
+    ///
+    /// Only address bits change, so all-ones reads back as the mask that tells a BAR's size.
+    pub fn write(&mut self, offset: u16, data: &[u8]) {
+        if let Some(offset) = offset.checked_sub(header::BARS) {
+            register::write(&mut self.registers, offset.into(), data);
+        }
+    }
+
+    /// The address in this BAR's registers, decoded or not; `None` if there is no such BAR.
+    pub fn address(&self, bar: BarIndex) -> Option<u64> {
+        let spec = self.spec(bar)?;
+        let half = |index: usize| self.registers.get(index).map_or(0, |r| u64::from(r.value));
+        let low = half(bar.index());
+        let high = if spec.is_64bit() {
+            half(bar.index() + 1)
+        } else {
+            0
+        };
+        Some((high << 32 | low) & !(spec.size - 1))
+    }
+
+    /// Sets this BAR's address, as firmware would: bits that its registers do not have are dropped. Does nothing if
+    /// there is no such BAR.
+    pub fn set_address(&mut self, bar: BarIndex, address: u64) {
+        let Some(spec) = self.spec(bar) else { return };
+        let used = if spec.is_64bit() { 2 } else { 1 };
+        let (low, high) = halves(address);
+        let registers = self.registers.iter_mut().skip(bar.index()).take(used);
+        for (register, half) in registers.zip([low, high]) {
+            register.write(half);
+        }
+    }
+
+    /// What this BAR is, if there is one.
+    pub fn spec(&self, bar: BarIndex) -> Option<&BarSpec> {
+        self.specs.get(bar.index())?.as_ref()
+    }
+
+    /// Every BAR that there is, in order.
+    pub fn specs(&self) -> impl Iterator<Item = (BarIndex, &BarSpec)> {
+        let slots = BarIndex::ALL.into_iter().zip(&self.specs);
+        slots.filter_map(|(bar, spec)| Some((bar, spec.as_ref()?)))
+    }
+
+    /// Where each BAR answers, given the Command register.
+    ///
+    /// A BAR at address zero or past the end of its space answers nowhere. One that is being sized while its space is
+    /// enabled does answer, at the top of that space, as a real one would: refusing that is up to
+    /// [`BarMapper::map`](crate::BarMapper::map), which knows the host bridge's windows.
+    pub fn decoded(&self, command: Command) -> Decoded {
+        Decoded(BarIndex::ALL.map(|bar| {
+            let spec = self.spec(bar)?;
+            let address = self.address(bar)?;
+            let last = address.checked_add(spec.size - 1)?;
+            let answers = command.contains(spec.kind.enabled_by())
+                && address != 0
+                && last <= spec.kind.last_address();
+            answers.then_some(address)
+        }))
+    }
+}
+
+/// The lower and the upper half of a 64-bit value.
+const fn halves(value: u64) -> (u32, u32) {
+    ((value & 0xffff_ffff) as u32, (value >> 32) as u32)
+}
+
+/// Where each of a function's BARs answers; by default, nowhere.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Decoded([Option<u64>; 6]);
+
+impl Decoded {
+    /// Where this BAR answers, if it does.
+    pub fn address(&self, bar: BarIndex) -> Option<u64> {
+        self.0.get(bar.index()).copied().flatten()
+    }
+
+    /// What leads from `self` to `new`: the BARs to unmap, and then those to map with their addresses. A BAR that
+    /// moved is in both.
+    pub fn changes(
+        &self,
+        new: &Self,
+    ) -> (
+        impl Iterator<Item = BarIndex>,
+        impl Iterator<Item = (BarIndex, u64)>,
+    ) {
+        let (old, new) = (*self, *new);
+        let changed = move |bar: &BarIndex| old.address(*bar) != new.address(*bar);
+        let unmap = BarIndex::ALL.into_iter().filter(changed);
+        let map = BarIndex::ALL.into_iter().filter(changed);
+        (
+            unmap.filter(move |bar| old.address(*bar).is_some()),
+            map.filter_map(move |bar| Some((bar, new.address(bar)?))),
+        )
+    }
+}
