@@ -1,5 +1,7 @@
 //! Base address registers: what a function decodes, and where (7.5.1.2.1).
 
+use std::mem;
+
 use thiserror::Error;
 
 use crate::endpoint::BarIndex;
@@ -33,22 +35,19 @@ impl BarKind {
         }
     }
 
-    /// The kind that a register with these type bits has.
-    fn from_type_bits(bar: BarIndex, register: u32) -> Result<Self, BarError> {
+    /// The kind of BAR that this register belongs to.
+    fn from_register(bar: BarIndex, register: u32) -> Result<Self, BarError> {
         let prefetchable = register & 0b1000 != 0;
         match register & 0b0111 {
             0b0000 => Ok(Self::Memory32 { prefetchable }),
             0b0100 => Ok(Self::Memory64 { prefetchable }),
-            reserved @ (0b0010 | 0b0110) => Err(BarError::ReservedType {
-                bar,
-                bits: reserved >> 1,
-            }),
+            0b0010 | 0b0110 => Err(BarError::ReservedType { bar, register }),
             _ => Ok(Self::Io),
         }
     }
 
     /// The smallest and the largest size in bytes. An I/O BAR is at most 256 bytes (PCI Local Bus 3.0, 6.2.5.1).
-    const fn sizes(self) -> (u64, u64) {
+    const fn size_limits(self) -> (u64, u64) {
         match self {
             Self::Io => (4, 256),
             Self::Memory32 { .. } => (16, 1 << 31),
@@ -84,7 +83,7 @@ pub struct BarSpec {
 
 impl BarSpec {
     /// What BARs a device has, by the registers in its configuration space and the sizes of its regions in bytes,
-    /// zero for those it has not.
+    /// zero for those it has not. [`Bars::new`] checks them.
     ///
     /// A size that no BAR can have is rounded up. The upper half of a 64-bit BAR is never a BAR of its own, whatever
     /// its register or its size say: libvfio-user has 1 there until it is first written.
@@ -93,40 +92,46 @@ impl BarSpec {
         sizes: [u64; 6],
     ) -> Result<[Option<Self>; 6], BarError> {
         let mut specs = [None; 6];
-        let mut upper_half = false;
-        for (((bar, register), size), slot) in BarIndex::ALL
-            .into_iter()
-            .zip(registers)
-            .zip(sizes)
-            .zip(&mut specs)
-        {
-            if std::mem::take(&mut upper_half) || size == 0 {
+        let mut is_upper_half = false;
+        let raw = registers.into_iter().zip(sizes);
+        for ((bar, slot), (register, size)) in BarIndex::ALL.into_iter().zip(&mut specs).zip(raw) {
+            if mem::take(&mut is_upper_half) || size == 0 {
                 continue;
             }
-            let kind = BarKind::from_type_bits(bar, register)?;
-            let (min, max) = kind.sizes();
-            let Some(rounded) = size.max(min).checked_next_power_of_two() else {
-                return Err(BarError::Size {
-                    bar,
-                    size,
-                    min,
-                    max,
-                });
-            };
-            upper_half = matches!(kind, BarKind::Memory64 { .. });
-            *slot = Some(Self {
-                kind,
-                size: rounded,
-            });
-        }
-        if upper_half {
-            return Err(BarError::NoUpperHalf);
+            let kind = BarKind::from_register(bar, register)?;
+            let (smallest, _) = kind.size_limits();
+            let size = size
+                .max(smallest)
+                .checked_next_power_of_two()
+                .unwrap_or(size);
+            let spec = Self { kind, size };
+            is_upper_half = spec.is_64bit();
+            *slot = Some(spec);
         }
         Ok(specs)
     }
 
+    fn check(&self, bar: BarIndex) -> Result<(), BarError> {
+        let (min, max) = self.kind.size_limits();
+        if self.size.is_power_of_two() && (min..=max).contains(&self.size) {
+            Ok(())
+        } else {
+            Err(BarError::Size {
+                bar,
+                size: self.size,
+                min,
+                max,
+            })
+        }
+    }
+
     const fn is_64bit(&self) -> bool {
         matches!(self.kind, BarKind::Memory64 { .. })
+    }
+
+    /// The address bits that the guest can write, in the lower and the upper register.
+    const fn writable(&self) -> (u32, u32) {
+        halves(!(self.size - 1))
     }
 }
 
@@ -156,13 +161,13 @@ pub enum BarError {
     /// The last BAR is a 64-bit one.
     #[error("BAR5 is a 64-bit BAR, and there is no register for its upper half")]
     NoUpperHalf,
-    /// A memory BAR of a type that is reserved: 01b was "below 1 MiB" before PCI 3.0.
-    #[error("{bar} is of the reserved memory type {bits:#04b}")]
+    /// A memory BAR whose type, bits 2:1, is reserved: 01b was "below 1 MiB" before PCI 3.0.
+    #[error("{bar} is of a reserved memory type: its register is {register:#010x}")]
     ReservedType {
         /// Which BAR.
         bar: BarIndex,
-        /// Bits 2:1 of its register.
-        bits: u32,
+        /// Its register.
+        register: u32,
     },
 }
 
@@ -182,22 +187,12 @@ impl Bars {
             match (lower.take(), spec) {
                 (None, None) => (),
                 (None, Some(spec)) => {
-                    let (min, max) = spec.kind.sizes();
-                    if !spec.size.is_power_of_two() || !(min..=max).contains(&spec.size) {
-                        return Err(BarError::Size {
-                            bar,
-                            size: spec.size,
-                            min,
-                            max,
-                        });
-                    }
+                    spec.check(bar)?;
                     register.value = spec.kind.type_bits();
-                    (register.writable, _) = halves(!(spec.size - 1));
+                    (register.writable, _) = spec.writable();
                     lower = spec.is_64bit().then_some((bar, spec));
                 }
-                (Some((_, lower)), None) => {
-                    (_, register.writable) = halves(!(lower.size - 1));
-                }
+                (Some((_, lower)), None) => (_, register.writable) = lower.writable(),
                 (Some((lower, _)), Some(_)) => return Err(BarError::UpperHalf { bar, lower }),
             }
         }
@@ -226,13 +221,14 @@ impl Bars {
     /// The address in this BAR's registers, decoded or not; `None` if there is no such BAR.
     pub fn address(&self, bar: BarIndex) -> Option<u64> {
         let spec = self.spec(bar)?;
-        let half = |index: usize| self.registers.get(index).map_or(0, |r| u64::from(r.value));
-        let low = half(bar.index());
-        let high = if spec.is_64bit() {
-            half(bar.index() + 1)
-        } else {
-            0
+        let mut registers = self.registers.iter().skip(bar.index());
+        let mut next = || {
+            registers
+                .next()
+                .map_or(0, |register| u64::from(register.value))
         };
+        let low = next();
+        let high = if spec.is_64bit() { next() } else { 0 };
         Some((high << 32 | low) & !(spec.size - 1))
     }
 
@@ -301,13 +297,15 @@ impl Decoded {
         impl Iterator<Item = BarIndex>,
         impl Iterator<Item = (BarIndex, u64)>,
     ) {
-        let (old, new) = (*self, *new);
-        let changed = move |bar: &BarIndex| old.address(*bar) != new.address(*bar);
+        let changed = move |bar: &BarIndex| self.address(*bar) != new.address(*bar);
         let unmap = BarIndex::ALL.into_iter().filter(changed);
         let map = BarIndex::ALL.into_iter().filter(changed);
         (
-            unmap.filter(move |bar| old.address(*bar).is_some()),
-            map.filter_map(move |bar| Some((bar, new.address(bar)?))),
+            unmap.filter(|bar| self.address(*bar).is_some()),
+            map.filter_map(|bar| Some((bar, new.address(bar)?))),
         )
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -66,12 +66,8 @@ impl Segment {
     /// Every function, by ascending address.
     pub fn endpoints(&self) -> Vec<(Bdf, Arc<dyn Endpoint>)> {
         let root = self.read();
-        let functions = root.functions.iter();
-        functions
-            .map(|(&slot, Node::Endpoint(endpoint))| {
-                let bdf = Bdf::from_bits(u16::from_be_bytes([root.number, slot]));
-                (bdf, Arc::clone(endpoint))
-            })
+        root.endpoints()
+            .map(|(bdf, endpoint)| (bdf, Arc::clone(endpoint)))
             .collect()
     }
 
@@ -168,6 +164,16 @@ impl Bus {
 
     fn find_mut(&mut self, number: u8) -> Option<&mut Self> {
         (self.number == number).then_some(self)
+    }
+
+    /// The endpoints on this bus and those below it, by ascending address.
+    fn endpoints(&self) -> impl Iterator<Item = (Bdf, &Arc<dyn Endpoint>)> {
+        self.functions
+            .iter()
+            .map(|(&device_function, Node::Endpoint(endpoint))| {
+                let bdf = Bdf::from_bits(u16::from_be_bytes([self.number, device_function]));
+                (bdf, endpoint)
+            })
     }
 }
 

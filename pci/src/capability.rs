@@ -89,7 +89,7 @@ impl ExtendedCapability {
     pub const PTM: u16 = 0x1f;
     /// Vendor-specific, of a group of vendors (7.9.6).
     pub const DESIGNATED_VENDOR: u16 = 0x23;
-    /// Resizable BARs of virtual functions (9.3.7).
+    /// Resizable BARs of virtual functions (9.3).
     pub const VF_RESIZABLE_BAR: u16 = 0x24;
 }
 
@@ -188,7 +188,7 @@ impl<F: Fn(u16) -> u32> Iterator for Walk<F> {
     }
 }
 
-/// Why a list of capabilities ends early.
+/// What is wrong with a list of capabilities.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Error)]
 pub enum CapabilityError {
     /// A pointer to where no capability of this list can be.

@@ -41,8 +41,9 @@ impl ConfigSpace {
     /// The guest writes: changes writable bits, and clears clearable ones where `data` has a one.
     pub fn write(&mut self, offset: u16, data: &[u8]) {
         for (byte, &data) in self.tail_mut(offset).zip(data) {
-            let written = byte.value & !byte.writable | data & byte.writable;
-            byte.value = written & !(data & byte.clearable);
+            let writable = byte.writable & !byte.clearable;
+            let cleared = byte.clearable & data;
+            byte.value = (byte.value & !writable | data & writable) & !cleared;
         }
     }
 
@@ -60,8 +61,7 @@ impl ConfigSpace {
         }
     }
 
-    /// Sets which bits the guest clears by writing a one. Where a bit is writable too, a one clears it and a zero
-    /// does so as well.
+    /// Sets which bits the guest clears by writing a one. It cannot write these in any other way.
     pub fn set_clearable(&mut self, offset: u16, mask: &[u8]) {
         for (byte, &mask) in self.tail_mut(offset).zip(mask) {
             byte.clearable = mask;
@@ -108,5 +108,101 @@ impl Default for ConfigSpace {
 impl fmt::Debug for ConfigSpace {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("ConfigSpace").finish_non_exhaustive()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::collection::vec;
+    use proptest::prelude::*;
+
+    use super::*;
+
+    /// One bit, and what a write does to it.
+    #[derive(Debug, Clone, Copy)]
+    struct NaiveBit {
+        value: bool,
+        writable: bool,
+        clearable: bool,
+    }
+
+    impl NaiveBit {
+        fn write(&mut self, one: bool) {
+            if self.clearable {
+                self.value &= !one;
+            } else if self.writable {
+                self.value = one;
+            }
+        }
+    }
+
+    #[derive(Debug, Clone)]
+    enum Step {
+        Set(u16, Vec<u8>),
+        SetWritable(u16, Vec<u8>),
+        SetClearable(u16, Vec<u8>),
+        Write(u16, Vec<u8>),
+    }
+
+    fn step() -> impl Strategy<Value = Step> {
+        let offset = prop_oneof![0u16..16, 4088u16..4100, Just(u16::MAX)];
+        let data = vec(any::<u8>(), 1..=8);
+        (0..4, offset, data).prop_map(|(kind, offset, data)| match kind {
+            0 => Step::Set(offset, data),
+            1 => Step::SetWritable(offset, data),
+            2 => Step::SetClearable(offset, data),
+            _ => Step::Write(offset, data),
+        })
+    }
+
+    proptest! {
+        #[test]
+        fn behaves_as_bits_do(steps in vec(step(), 0..64)) {
+            let zero = NaiveBit { value: false, writable: false, clearable: false };
+            let mut naive = vec![zero; 4096 * 8];
+            let mut config = ConfigSpace::new();
+            for step in steps {
+                let (Step::Set(offset, data)
+                | Step::SetWritable(offset, data)
+                | Step::SetClearable(offset, data)
+                | Step::Write(offset, data)) = &step;
+                for (index, bit) in naive.iter_mut().skip(usize::from(*offset) * 8).enumerate() {
+                    let Some(byte) = data.get(index / 8) else { break };
+                    let one = byte & 1 << (index % 8) != 0;
+                    match step {
+                        Step::Set(..) => bit.value = one,
+                        Step::SetWritable(..) => bit.writable = one,
+                        Step::SetClearable(..) => bit.clearable = one,
+                        Step::Write(..) => bit.write(one),
+                    }
+                }
+                match &step {
+                    Step::Set(offset, data) => config.set(*offset, data),
+                    Step::SetWritable(offset, mask) => config.set_writable(*offset, mask),
+                    Step::SetClearable(offset, mask) => config.set_clearable(*offset, mask),
+                    Step::Write(offset, data) => config.write(*offset, data),
+                }
+            }
+            for (offset, bits) in (0..).zip(naive.chunks(8)) {
+                let byte = (0..8).map(|i| u8::from(bits[i].value) << i).sum::<u8>();
+                prop_assert_eq!(config.byte(offset), byte);
+            }
+        }
+    }
+
+    #[test]
+    fn registers_are_little_endian() {
+        let mut config = ConfigSpace::new();
+        config.set(0x10, &[0x78, 0x56, 0x34, 0x12]);
+        assert_eq!(config.byte(0x11), 0x56);
+        assert_eq!(config.word(0x11), 0x3456);
+        assert_eq!(config.dword(0x10), 0x1234_5678);
+    }
+
+    #[test]
+    fn past_the_end_reads_as_ones() {
+        let config = ConfigSpace::new();
+        assert_eq!(config.dword(ConfigSpace::SIZE - 2), 0xffff_0000);
+        assert_eq!(config.dword(u16::MAX), 0xffff_ffff);
     }
 }

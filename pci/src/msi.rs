@@ -18,7 +18,7 @@ const ENABLE: u16 = 1 << 0;
 /// Where the binary logarithm of the number of vectors that the function asks for is, three bits wide.
 const CAPABLE_SHIFT: u32 = 1;
 /// Where the binary logarithm of the number of vectors that software grants is, three bits wide.
-const ENABLED_SHIFT: u32 = 4;
+const GRANTED_SHIFT: u32 = 4;
 /// The address has an upper half.
 const ADDRESS_64: u16 = 1 << 7;
 /// There are Mask and Pending registers.
@@ -35,15 +35,14 @@ const MAX_VECTORS: usize = 32;
 /// Extended Message Data (7.7.1.6) is not offered.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Msi {
-    /// As in the largest variant; where there is no Upper Address, what follows it is 4 bytes earlier.
+    /// Message Control in the upper half, Message Address, Message Upper Address, Message Data, Mask Bits and Pending
+    /// Bits. Where a function has no upper address, the registers after it are 4 bytes earlier in its capability.
     registers: [Register; 6],
 }
 
 const CONTROL: usize = 0;
-const ADDRESS_LOW: usize = 1;
-const ADDRESS_HIGH: usize = 2;
-const DATA: usize = 3;
 const MASK: usize = 4;
+const PENDING: usize = 5;
 
 impl Msi {
     /// The capability after a reset, where a function's Message Control reads `control`.
@@ -57,7 +56,7 @@ impl Msi {
             registers: [
                 Register {
                     value: u32::from(fixed) << 16,
-                    writable: u32::from(ENABLE | 7 << ENABLED_SHIFT) << 16,
+                    writable: u32::from(ENABLE | 7 << GRANTED_SHIFT) << 16,
                 },
                 read_write(!3),
                 read_write(if_set(ADDRESS_64, u32::MAX)),
@@ -89,17 +88,17 @@ impl Msi {
     pub fn message(&self, vector: u16) -> Option<MsiMessage> {
         let granted = 1u16 << self.granted_log2();
         let sends = self.enabled() && vector < granted && !self.masked(vector);
-        let data = self.register(DATA) & !u32::from(granted - 1) | u32::from(vector);
-        let address =
-            u64::from(self.register(ADDRESS_HIGH)) << 32 | u64::from(self.register(ADDRESS_LOW));
-        sends.then_some(MsiMessage { address, data })
+        let [_, low, high, data, ..] = self.registers.map(|register| register.value);
+        sends.then(|| MsiMessage {
+            address: u64::from(high) << 32 | u64::from(low),
+            data: data & !u32::from(granted - 1) | u32::from(vector),
+        })
     }
 
     /// The guest reads. Bytes 0 and 1 are left as they are. `pending` tells whether a masked vector has been signalled.
     pub fn read(&self, offset: u16, data: &mut [u8], pending: impl Fn(u16) -> bool) {
         let mut registers = self.registers;
-        let [.., last] = &mut registers;
-        last.value = self.pending(pending);
+        registers[PENDING].value = self.pending(pending);
         let skipped = usize::from(2u16.saturating_sub(offset));
         if let Some(data) = data.get_mut(skipped..) {
             register::read(&registers, self.locate(offset) + skipped, data);
@@ -148,11 +147,11 @@ impl Msi {
     }
 
     fn masked(&self, vector: u16) -> bool {
-        self.register(MASK) >> vector & 1 != 0
+        self.registers[MASK].value >> vector & 1 != 0
     }
 
     fn granted_log2(&self) -> u16 {
-        (self.control() >> ENABLED_SHIFT & 7).min(self.capable_log2())
+        (self.control() >> GRANTED_SHIFT & 7).min(self.capable_log2())
     }
 
     fn capable_log2(&self) -> u16 {
@@ -164,22 +163,20 @@ impl Msi {
     }
 
     fn control(&self) -> u16 {
-        (self.register(CONTROL) >> 16) as u16
-    }
-
-    fn register(&self, index: usize) -> u32 {
-        self.registers
-            .get(index)
-            .map_or(0, |register| register.value)
+        (self.registers[CONTROL].value >> 16) as u16
     }
 
     /// Where `offset` is in `registers`.
     fn locate(&self, offset: u16) -> usize {
-        let absent = if offset >= 8 && !self.has(ADDRESS_64) {
-            4
+        let upper_address = if self.has(ADDRESS_64) { 0 } else { 4 };
+        let offset = usize::from(offset);
+        if offset < 8 {
+            offset
         } else {
-            0
-        };
-        usize::from(offset) + absent
+            offset + upper_address
+        }
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -261,3 +261,6 @@ impl Msix {
         self.control & (ENABLE | FUNCTION_MASK) == ENABLE
     }
 }
+
+#[cfg(test)]
+mod tests;

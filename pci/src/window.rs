@@ -92,7 +92,7 @@ pub enum WindowError {
     },
     /// There is no room.
     #[error(
-        "no room for a BAR of {size:#x} bytes in the {kind} window: {free:#x} bytes are left, not all contiguous"
+        "no room for a BAR of {size:#x} bytes in the {kind} window, where {free:#x} bytes are left"
     )]
     Full {
         /// The window that the BAR belongs in.
@@ -223,7 +223,9 @@ impl Pool {
             address,
             size: length,
         };
-        let last = address.checked_add(length - 1).ok_or(not_allocated)?;
+        let last = address
+            .checked_add(length.saturating_sub(1))
+            .ok_or(not_allocated)?;
         RangeInclusive::new(address, last)
             .and_then(|range| self.allocator.free(&range))
             .map_err(|_| not_allocated)?;
@@ -231,3 +233,6 @@ impl Pool {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests;
