@@ -1,0 +1,59 @@
+#!/usr/bin/env bash
+# Runs a command in the lab: a Debian kernel with a real /dev/kvm, inside QEMU's CPU emulation.
+#
+#   tests/lab/run.sh SECONDS COMMAND [ARGUMENT...]
+#
+# The command sees a copy-on-write view of this machine's file system, starts in the current folder, and has no input;
+# its output and its exit status become this script's. What it writes is lost, except in target/lab/logs, where the
+# lab kernel's console is kept too. 124 says that SECONDS have passed, 125 that the lab itself failed.
+set -euo pipefail
+
+deadline=$1
+shift
+lab=$(cd "$(dirname "$0")/../.." && pwd)/target/lab
+logs=$lab/logs
+memory=${LAB_MEMORY:-6G}
+
+mkdir -p "$logs"
+{
+    printf 'touch %q\n' "$logs/started"
+    printf 'modprobe -a kvm_amd\n'
+    printf 'cd %q\n' "$PWD"
+    printf '%q ' exec "$@"
+} >"$logs/command"
+
+# One CPU and one emulation thread: with more, a kernel that patches its own code races with the emulation and about
+# one boot in twenty dies. XSAVE and AVX are hidden because the emulated CPU's sizes for them are inconsistent.
+boot() {
+    rm -f "$logs/started"
+    timeout --foreground --kill-after=10 "$deadline" qemu-system-x86_64 \
+        -nodefaults -no-user-config -display none -no-reboot \
+        -machine q35,kernel-irqchip=split -accel tcg,thread=single -smp 1 -m "$memory" \
+        -cpu EPYC,+svm,+npt,check=off,-xsave,-avx,-avx2,-fma,-f16c \
+        -kernel "$lab/kernels/host/vmlinuz" -initrd "$lab/images/host.cpio" \
+        -append "console=ttyS0 panic=-1 mitigations=off lab_logs=$logs" \
+        -virtfs local,path=/,mount_tag=host,security_model=none,readonly=on,multidevs=remap \
+        -virtfs local,path="$logs",mount_tag=logs,security_model=none \
+        -device virtio-serial \
+        -chardev file,id=output,path=/dev/stdout,append=on \
+        -device virtserialport,chardev=output \
+        -serial "file:$logs/console.log" -device isa-debug-exit,iobase=0xf4,iosize=1 </dev/null | cat # /dev/stdout can be opened when it is a pipe
+}
+
+for attempt in 1 2 3; do
+    status=0
+    boot || status=$?
+    case $status in
+        124 | 137)
+            echo "lab: not done within $deadline seconds" >&2
+            exit 124
+            ;;
+        1 | *[02468]) ;; # QEMU ended without the command's status
+        *) exit $(((status - 3) / 2)) ;;
+    esac
+    [ ! -e "$logs/started" ] || break
+    echo "lab: boot $attempt died before the command's first line; see $logs/console.log" >&2
+done
+echo "lab: the lab failed; its last lines were:" >&2
+tail -n 20 "$logs/console.log" >&2
+exit 125
