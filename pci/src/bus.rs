@@ -198,3 +198,6 @@ pub enum BusError {
         bdf: Bdf,
     },
 }
+
+#[cfg(test)]
+mod tests;

@@ -2,8 +2,6 @@
 
 mod edit;
 
-pub use edit::{hide_capability, hide_extended_capability, make_integrated_endpoint};
-
 use std::collections::BTreeSet;
 use std::mem;
 use std::ops::Range;
@@ -13,7 +11,9 @@ use thiserror::Error;
 use crate::config::ConfigSpace;
 use crate::header::{self, Status};
 
-/// A capability in the first 256 bytes of configuration space (7.5.3 and PCI Local Bus 3.0, 6.7).
+pub use edit::{hide_capability, hide_extended_capability, make_integrated_endpoint};
+
+/// A capability in the first 256 bytes of configuration space (PCI Local Bus 3.0, 6.7).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Capability {
     /// What it is.
@@ -220,3 +220,6 @@ pub enum CapabilityError {
         offset: u16,
     },
 }
+
+#[cfg(test)]
+mod tests;

@@ -71,3 +71,84 @@ impl ConfigPorts {
         self.address.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::recorder::Access::{Read, Write};
+    use crate::recorder::Recorder;
+
+    /// One function at 00:02.1, and CONFIG_ADDRESS at its register 0x10.
+    fn ports() -> (ConfigPorts, Arc<Recorder>) {
+        let segment = Arc::new(Segment::new());
+        let recorder = Arc::new(Recorder::default());
+        segment
+            .insert(Bdf::new(0, 2, 1).unwrap(), recorder.clone())
+            .unwrap();
+        let ports = ConfigPorts::new(segment);
+        ports.write(0, &0x8000_1110u32.to_le_bytes());
+        (ports, recorder)
+    }
+
+    fn read(ports: &ConfigPorts, offset: u8) -> u32 {
+        let mut data = [0; 4];
+        ports.read(offset, &mut data);
+        u32::from_le_bytes(data)
+    }
+
+    #[test]
+    fn data_accesses_the_register_that_address_names() {
+        let (ports, recorder) = ports();
+        assert_eq!(read(&ports, 0), 0x8000_1110);
+        assert_eq!(read(&ports, 4), 0x1312_1110);
+        ports.write(4, &[1, 2, 3, 4]);
+        ports.write(6, &[5, 6]);
+        ports.write(7, &[7]);
+        let accesses = [
+            Read(0x10, 4),
+            Write(0x10, vec![1, 2, 3, 4]),
+            Write(0x12, vec![5, 6]),
+            Write(0x13, vec![7]),
+        ];
+        assert_eq!(recorder.take(), accesses);
+    }
+
+    #[test]
+    fn reserved_bits_of_the_address_do_not_stick() {
+        let (ports, _) = ports();
+        ports.write(0, &[0xff; 4]);
+        assert_eq!(read(&ports, 0), 0x80ff_fffc);
+        assert_eq!(read(&ports, 4), u32::MAX);
+    }
+
+    #[test]
+    fn nothing_is_accessed_while_disabled() {
+        let (ports, recorder) = ports();
+        ports.write(0, &0x0000_1110u32.to_le_bytes());
+        assert_eq!(read(&ports, 4), u32::MAX);
+        ports.write(4, &[0; 4]);
+        assert_eq!(recorder.take(), []);
+    }
+
+    #[test]
+    fn only_a_dword_reaches_the_address() {
+        let (ports, recorder) = ports();
+        for (offset, length) in [
+            (0, 1),
+            (0, 2),
+            (1, 1),
+            (2, 2),
+            (3, 4),
+            (0, 8),
+            (5, 4),
+            (8, 1),
+        ] {
+            let mut data = vec![0; length];
+            ports.read(offset, &mut data);
+            ports.write(offset, &vec![0; length]);
+            assert_eq!(data, vec![0xff; length], "{length} bytes at {offset}");
+        }
+        assert_eq!(read(&ports, 0), 0x8000_1110);
+        assert_eq!(recorder.take(), []);
+    }
+}

@@ -45,3 +45,53 @@ impl Ecam {
         (bdf.bus() <= self.last_bus).then_some((bdf, (offset & 0xfff) as u16))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::recorder::{Access, Recorder};
+
+    /// Buses 0 to 3, with one function at 00:1f.7.
+    fn ecam() -> (Ecam, Arc<Recorder>) {
+        let segment = Arc::new(Segment::new());
+        let recorder = Arc::new(Recorder::default());
+        segment
+            .insert(Bdf::new(0, 0x1f, 7).unwrap(), recorder.clone())
+            .unwrap();
+        (Ecam::new(segment, 3), recorder)
+    }
+
+    #[test]
+    fn the_offset_names_function_and_register() {
+        let (ecam, recorder) = ecam();
+        let mut data = [0; 4];
+        ecam.read(0xf_f104, &mut data);
+        assert_eq!(data, [0x04, 0x05, 0x06, 0x07]);
+        ecam.write(0xf_fffe, &[1, 2]);
+        assert_eq!(
+            recorder.take(),
+            [Access::Read(0x104, 4), Access::Write(0xffe, vec![1, 2])]
+        );
+    }
+
+    #[test]
+    fn what_is_not_there_reads_as_ones() {
+        let (ecam, recorder) = ecam();
+        assert_eq!(ecam.length(), 0x40_0000);
+        for offset in [0, 0xf_e000, 0x1f_f000, 0x40_0000, 0x10_000f_f000, u64::MAX] {
+            let mut data = [0; 8];
+            ecam.read(offset, &mut data);
+            ecam.write(offset, &data);
+            assert_eq!(data, [0xff; 8], "{offset:#x}");
+        }
+        assert_eq!(recorder.take(), []);
+    }
+
+    #[test]
+    fn every_bus_can_be_covered() {
+        assert_eq!(
+            Ecam::new(Arc::new(Segment::new()), 255).length(),
+            0x1000_0000
+        );
+    }
+}

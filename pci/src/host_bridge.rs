@@ -74,3 +74,36 @@ impl Endpoint for HostBridge {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn dword(bridge: &HostBridge, offset: u16) -> u32 {
+        let mut data = [0; 4];
+        bridge.config_read(offset, &mut data);
+        u32::from_le_bytes(data)
+    }
+
+    #[test]
+    fn it_is_a_host_bridge_without_bars() {
+        let bridge = HostBridge::new();
+        for offset in (0..0x100).step_by(4) {
+            bridge.config_write(offset, &[0xff; 4]);
+        }
+        assert_eq!(dword(&bridge, 0x00), 0x0008_1b36);
+        assert_eq!(dword(&bridge, 0x04), 0x0000_0146);
+        assert_eq!(dword(&bridge, 0x08), 0x0600_0000);
+        for offset in (0x0c..0x100).step_by(4) {
+            assert_eq!(dword(&bridge, offset), 0, "{offset:#x}");
+        }
+    }
+
+    #[test]
+    fn a_reset_undoes_writes() {
+        let bridge = HostBridge::new();
+        bridge.config_write(header::COMMAND, &[0xff; 2]);
+        bridge.reset().unwrap();
+        assert_eq!(dword(&bridge, 0x04), 0x0000_0006);
+    }
+}

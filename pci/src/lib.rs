@@ -18,6 +18,8 @@ mod host_bridge;
 mod intx;
 mod msi;
 mod msix;
+#[cfg(test)]
+mod recorder;
 mod register;
 mod window;
 

@@ -79,6 +79,11 @@ impl Msi {
         1 << self.capable_log2()
     }
 
+    /// How many vectors software has granted: 1 to 32.
+    pub fn granted(&self) -> u16 {
+        1 << self.granted_log2()
+    }
+
     /// Whether MSI is enabled.
     pub fn enabled(&self) -> bool {
         self.has(ENABLE)
@@ -86,7 +91,7 @@ impl Msi {
 
     /// What this vector sends; `None` while MSI is disabled, the vector is masked or software has not granted it.
     pub fn message(&self, vector: u16) -> Option<MsiMessage> {
-        let granted = 1u16 << self.granted_log2();
+        let granted = self.granted();
         let sends = self.enabled() && vector < granted && !self.masked(vector);
         let [_, low, high, data, ..] = self.registers.map(|register| register.value);
         sends.then(|| MsiMessage {

@@ -193,7 +193,7 @@ proptest! {
             let index = bar(index.try_into().unwrap());
             let space = if spec.is_64bit() { u64::MAX } else { u32::MAX.into() };
             bars.set_address(index, address);
-            prop_assert_eq!(bars.address(index), Some(address & space / spec.size * spec.size));
+            prop_assert_eq!(bars.address(index), Some(address & (space / spec.size * spec.size)));
         }
     }
 

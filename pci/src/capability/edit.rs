@@ -1,8 +1,6 @@
 //! Edits by which a function that is passed through shows a guest only what works there.
 
-use super::{
-    CapabilityError, EXTENDED_START, capabilities as walk, extended_capabilities as walk_extended,
-};
+use super::{CapabilityError, EXTENDED_START, capabilities, extended_capabilities};
 use crate::config::ConfigSpace;
 use crate::header;
 
@@ -17,7 +15,7 @@ pub fn hide_capability(config: &mut ConfigSpace, offset: u8) -> Result<(), Capab
 /// Where the pointer to the capability at `offset` is.
 fn pointer_to(config: &ConfigSpace, offset: u8) -> Result<u16, CapabilityError> {
     let mut pointer = header::CAPABILITIES;
-    for capability in walk(|offset| config.dword(offset)) {
+    for capability in capabilities(|offset| config.dword(offset)) {
         let capability = capability?;
         if capability.offset == offset {
             return Ok(pointer);
@@ -55,7 +53,7 @@ pub fn hide_extended_capability(
 /// The extended capability before the one at `offset`, if that is not the first one.
 fn before_extended(config: &ConfigSpace, offset: u16) -> Result<Option<u16>, CapabilityError> {
     let mut previous = None;
-    for capability in walk_extended(|offset| config.dword(offset)) {
+    for capability in extended_capabilities(|offset| config.dword(offset)) {
         let capability = capability?;
         if capability.offset == offset {
             return Ok(previous);
@@ -77,14 +75,14 @@ const INTEGRATED_ENDPOINT: u16 = 0x9 << 4;
 /// Status (7.5.3.6 to 7.5.3.8), and since version 2 of the capability their second set (7.5.3.18 to 7.5.3.20).
 pub fn make_integrated_endpoint(config: &mut ConfigSpace, offset: u8) {
     let offset = u16::from(offset);
-    let capabilities = config.word(offset + 2);
-    if !matches!(capabilities & PORT_TYPE, ENDPOINT | LEGACY_ENDPOINT) {
+    let flags = config.word(offset + 2);
+    if !matches!(flags & PORT_TYPE, ENDPOINT | LEGACY_ENDPOINT) {
         return;
     }
-    let integrated = capabilities & !PORT_TYPE | INTEGRATED_ENDPOINT;
+    let integrated = flags & !PORT_TYPE | INTEGRATED_ENDPOINT;
     config.set(offset + 2, &integrated.to_le_bytes());
 
-    let version = capabilities & 0xf;
+    let version = flags & 0xf;
     blank(config, offset + 0x0c);
     if version >= 2 {
         blank(config, offset + 0x2c);
