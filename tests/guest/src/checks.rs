@@ -21,20 +21,63 @@ use crate::interrupts::{self, Cpu, VECTORS};
 use crate::mapping::Mapping;
 use crate::pci::{Bar, Device, regs};
 
-/// Every check, with the name that results carry, in the order in which they run.
-pub(crate) const ALL: [(&str, fn(&Device) -> Result<()>); 12] = [
-    ("config", config),
-    ("capabilities", capabilities),
-    ("bars", bars),
-    ("registers", registers),
-    ("ram", ram),
-    ("io", io),
-    ("decode", decode),
-    ("dma", dma),
-    ("msix", msix),
-    ("msix-mask", msix_mask),
-    ("msi", msi),
-    ("intx", intx),
+/// Something to find out about a device.
+pub(crate) struct Check {
+    /// What the check's result is called.
+    pub(crate) name: &'static str,
+    pub(crate) run: fn(&Device) -> Result<()>,
+}
+
+/// Every check, in the order in which they run.
+pub(crate) const ALL: [Check; 12] = [
+    Check {
+        name: "config",
+        run: config,
+    },
+    Check {
+        name: "capabilities",
+        run: capabilities,
+    },
+    Check {
+        name: "bars",
+        run: bars,
+    },
+    Check {
+        name: "registers",
+        run: registers,
+    },
+    Check {
+        name: "ram",
+        run: ram,
+    },
+    Check {
+        name: "io",
+        run: io,
+    },
+    Check {
+        name: "decode",
+        run: decode,
+    },
+    Check {
+        name: "dma",
+        run: dma,
+    },
+    Check {
+        name: "msix",
+        run: msix,
+    },
+    Check {
+        name: "msix-mask",
+        run: msix_mask,
+    },
+    Check {
+        name: "msi",
+        run: msi,
+    },
+    Check {
+        name: "intx",
+        run: intx,
+    },
 ];
 
 /// Identity, access widths and write masks of the header.
@@ -128,8 +171,8 @@ fn capabilities(device: &Device) -> Result<()> {
         ids == [regs::EXT_CAP_DSN, regs::EXT_CAP_VENDOR],
         "the extended capabilities are {ids:04x?}"
     );
-    let number = u64::from(device.config32(0x108)?) << 32 | u64::from(device.config32(0x104)?);
-    ensure!(number == SERIAL_NUMBER, "the serial number is {number:#x}");
+    let number = [device.config32(0x104)?, device.config32(0x108)?];
+    ensure!(number == SERIAL_NUMBER, "the serial number is {number:x?}");
     Ok(())
 }
 

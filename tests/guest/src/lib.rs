@@ -21,8 +21,8 @@ pub const DEVICE: u16 = 0x0001;
 pub const SUBSYSTEM: u16 = 0x0002;
 /// Revision and class code, as config space offset 8 reads: revision 3, class ff (fits none).
 pub const CLASS_REVISION: u32 = 0xff00_0003;
-/// The number in the Device Serial Number capability, which is the first extended one.
-pub const SERIAL_NUMBER: u64 = 0x4f75_7472_6967_6765;
+/// The Device Serial Number, lower half first; its capability is the first extended one.
+pub const SERIAL_NUMBER: [u32; 2] = [0x6967_6765, 0x4f75_7472];
 
 /// Bytes in each BAR.
 pub const BAR_SIZES: [u64; 6] = [0x1000, 0x1000, 0x1_0000, 0, 0x20, 0];

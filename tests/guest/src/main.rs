@@ -30,10 +30,10 @@ fn main() -> Result<()> {
     println!("FACT devices {}", devices.len());
     for (index, device) in devices.iter().enumerate() {
         show(device)?;
-        for (name, check) in checks::ALL.into_iter().filter(|(name, _)| selected(name)) {
-            match check(device) {
-                Ok(()) => println!("RESULT {index}.{name} ok"),
-                Err(error) => println!("RESULT {index}.{name} FAILED {error:#}"),
+        for check in checks::ALL.iter().filter(|check| selected(check.name)) {
+            match (check.run)(device) {
+                Ok(()) => println!("RESULT {index}.{} ok", check.name),
+                Err(error) => println!("RESULT {index}.{} FAILED {error:#}", check.name),
             }
         }
     }
