@@ -125,8 +125,8 @@ impl Default for Segment {
     }
 }
 
-/// Splits an access to configuration space into naturally aligned ones of 1, 2 or 4 bytes, as few as can be: the offset
-/// of each, and which bytes of the access it has. Bytes past the end of the space are left out.
+/// Splits an access to configuration space into naturally aligned ones of 1, 2 or 4 bytes, as few as can be: the
+/// offset of each, and which bytes of the access it has. Bytes past the end of the space are left out.
 fn naturally_aligned(offset: u16, length: usize) -> impl Iterator<Item = (u16, Range<usize>)> {
     let end = usize::from(offset)
         .saturating_add(length)

@@ -55,8 +55,8 @@ impl ConfigPorts {
         }
     }
 
-    /// What an access to CONFIG_DATA goes to. Anything but a dword at CONFIG_ADDRESS is not for this mechanism: it goes
-    /// nowhere.
+    /// What an access to CONFIG_DATA goes to. Anything but a dword at CONFIG_ADDRESS is not for this mechanism: it
+    /// goes nowhere.
     fn decode(&self, offset: u8, length: usize) -> Option<(Bdf, u16)> {
         let byte = offset.checked_sub(DATA)?;
         let address = *self.address();

@@ -33,8 +33,8 @@ impl InterruptPin {
         self as u8
     }
 
-    /// The line, 0 to 3, that this pin of a device on the root bus is wired to: neighbours start at different lines, so
-    /// that their pins A do not all share one (2.2.8.1, table 2-20).
+    /// The line, 0 to 3, that this pin of a device on the root bus is wired to: neighbours start at different lines,
+    /// so that their pins A do not all share one (2.2.8.1, table 2-20).
     pub const fn line(self, device: u8) -> u8 {
         (device % 4 + self.register() - 1) % 4
     }

@@ -31,8 +31,8 @@ const MAX_VECTORS: usize = 32;
 
 /// The MSI capability of a function: registers of which a guest makes messages.
 ///
-/// Offsets are in bytes from the start of the capability. Its first two bytes, id and next pointer, are not kept here.
-/// Extended Message Data (7.7.1.6) is not offered.
+/// Offsets are in bytes from the start of the capability. Its first two bytes, id and next pointer, are not kept
+/// here. Extended Message Data (7.7.1.6) is not offered.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Msi {
     /// Message Control in the upper half, Message Address, Message Upper Address, Message Data, Mask Bits and Pending
@@ -51,18 +51,15 @@ impl Msi {
         let fixed = control & (ADDRESS_64 | MASKABLE) | log2 << CAPABLE_SHIFT;
         let vectors = u32::MAX >> (32 - (1u32 << log2));
         let if_set = |bit: u16, mask: u32| if control & bit != 0 { mask } else { 0 };
-        let read_write = |writable| Register { value: 0, writable };
+        let granted_and_enable = ENABLE | 7 << GRANTED_SHIFT;
         Self {
             registers: [
-                Register {
-                    value: u32::from(fixed) << 16,
-                    writable: u32::from(ENABLE | 7 << GRANTED_SHIFT) << 16,
-                },
-                read_write(!3),
-                read_write(if_set(ADDRESS_64, u32::MAX)),
-                read_write(0xffff),
-                read_write(if_set(MASKABLE, vectors)),
-                read_write(0),
+                Register::new(u32::from(fixed) << 16, u32::from(granted_and_enable) << 16),
+                Register::new(0, !3),
+                Register::new(0, if_set(ADDRESS_64, u32::MAX)),
+                Register::new(0, 0xffff),
+                Register::new(0, if_set(MASKABLE, vectors)),
+                Register::new(0, 0),
             ],
         }
     }
@@ -100,7 +97,8 @@ impl Msi {
         })
     }
 
-    /// The guest reads. Bytes 0 and 1 are left as they are. `pending` tells whether a masked vector has been signalled.
+    /// The guest reads. Bytes 0 and 1 are left as they are. `pending` tells whether a masked vector has been
+    /// signalled.
     pub fn read(&self, offset: u16, data: &mut [u8], pending: impl Fn(u16) -> bool) {
         let mut registers = self.registers;
         registers[PENDING].value = self.pending(pending);

@@ -131,22 +131,10 @@ pub struct Msix {
 
 /// An entry after a reset: all zero but masked. Reserved bits are read-only.
 const RESET_ENTRY: [Register; 4] = [
-    Register {
-        value: 0,
-        writable: !3,
-    },
-    Register {
-        value: 0,
-        writable: u32::MAX,
-    },
-    Register {
-        value: 0,
-        writable: u32::MAX,
-    },
-    Register {
-        value: VECTOR_MASK,
-        writable: VECTOR_MASK,
-    },
+    Register::new(0, !3),
+    Register::new(0, u32::MAX),
+    Register::new(0, u32::MAX),
+    Register::new(VECTOR_MASK, VECTOR_MASK),
 ];
 
 /// Vector Control: the vector is masked.
@@ -159,6 +147,11 @@ impl Msix {
             control: vectors.saturating_sub(1) & TABLE_SIZE,
             table: vec![RESET_ENTRY; vectors.into()],
         }
+    }
+
+    /// How many vectors there are: 1 to 2048.
+    pub fn vectors(&self) -> u16 {
+        (self.control & TABLE_SIZE) + 1
     }
 
     /// What Message Control reads (7.7.2.2).
@@ -181,8 +174,8 @@ impl Msix {
         })
     }
 
-    /// The guest writes Message Control, of which only bits 15, enable, and 14, function mask, can change. Returns the
-    /// vectors whose message changed, as of [`Msix::message`].
+    /// The guest writes Message Control, of which only bits 15, enable, and 14, function mask, can change. Returns
+    /// the vectors whose message changed, as of [`Msix::message`].
     pub fn set_control(&mut self, control: u16) -> Vec<(u16, Option<MsiMessage>)> {
         let sent = self.sends();
         self.control = self.control & TABLE_SIZE | control & (ENABLE | FUNCTION_MASK);
@@ -228,16 +221,14 @@ impl Msix {
 
     /// The guest reads the pending bits, `offset` bytes from their start. Bits past the last vector are zero.
     ///
-    /// `pending` tells whether a vector has been signalled while it was masked; it is asked only about vectors that are
-    /// masked while MSI-X is enabled, for no others can be pending. Writes of the guest have no effect (7.7.2.9).
+    /// `pending` tells whether a vector has been signalled while it was masked; it is asked only about vectors that
+    /// are masked while MSI-X is enabled, for no others can be pending. Writes of the guest have no effect (7.7.2.9).
     pub fn read_pba(&self, offset: u64, data: &mut [u8], pending: impl Fn(u16) -> bool) {
         for (index, byte) in (0..).zip(data) {
             let first = offset.saturating_add(index).saturating_mul(8);
+            let masked = |bit: &u64| self.masked(first.saturating_add(*bit));
             *byte = (0..8)
-                .filter(|bit| {
-                    self.masked(first.saturating_add(*bit))
-                        .is_some_and(&pending)
-                })
+                .filter(|bit| masked(bit).is_some_and(&pending))
                 .fold(0, |bits, bit| bits | 1 << bit);
         }
     }
@@ -252,8 +243,8 @@ impl Msix {
     /// This vector, if there is one and it is masked while MSI-X is enabled.
     fn masked(&self, vector: u64) -> Option<u16> {
         let vector = u16::try_from(vector).ok()?;
-        let exists = usize::from(vector) < self.table.len();
-        (exists && self.enabled() && self.message(vector).is_none()).then_some(vector)
+        let masked = self.enabled() && self.message(vector).is_none();
+        (masked && vector < self.vectors()).then_some(vector)
     }
 
     /// Whether vectors that are not masked on their own send anything.

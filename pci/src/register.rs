@@ -10,6 +10,10 @@ pub(crate) struct Register {
 }
 
 impl Register {
+    pub(crate) const fn new(value: u32, writable: u32) -> Self {
+        Self { value, writable }
+    }
+
     /// Writes the whole register.
     pub(crate) fn write(&mut self, value: u32) {
         self.write_bits(value, u32::MAX);

@@ -33,8 +33,9 @@ const NEXT: u32 = 0xfff0_0000;
 /// Unlinks the extended capability at `offset` from its list. Its registers stay as they are, but for the header of
 /// the first one.
 ///
-/// Nothing points to the first one: the list always starts at 0x100. It becomes a Null capability, id and version zero,
-/// that still points to the next, as Linux' vfio-pci and QEMU do; if it is the only one, that is an empty list (7.6.1).
+/// Nothing points to the first one: the list always starts at 0x100. It becomes a Null capability, id and version
+/// zero, that still points to the next, as Linux' vfio-pci and QEMU do; if it is the only one, that is an empty list
+/// (7.6.1).
 pub fn hide_extended_capability(
     config: &mut ConfigSpace,
     offset: u16,

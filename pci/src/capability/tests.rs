@@ -159,6 +159,10 @@ fn the_low_bits_of_a_pointer_are_ignored() {
     config.set(header::CAPABILITIES, &[0x43]);
     config.set(0x41, &[0x52]);
     assert_eq!(walk(&config), [Ok((1, 0x40)), Ok((2, 0x50))]);
+
+    let mut config = extended_chain(&[0x100, 0x200]);
+    config.set(0x100, &0x2031_0001u32.to_le_bytes());
+    assert_eq!(walk_extended(&config), [Ok((1, 0x100)), Ok((2, 0x200))]);
 }
 
 #[test]
@@ -239,8 +243,9 @@ fn only_endpoints_are_integrated() {
 
 #[test]
 fn link_registers_beyond_the_standard_space_are_not_touched() {
-    let mut config = express(0xe0, 0x0002);
-    make_integrated_endpoint(&mut config, 0xe0);
-    assert_eq!(config.dword(0xec), 0);
-    assert_eq!(config.dword(0x10c), u32::MAX);
+    let mut config = express(0xd0, 0x0002);
+    make_integrated_endpoint(&mut config, 0xd0);
+    assert_eq!(config.dword(0xdc), 0);
+    assert_eq!(config.dword(0xfc), u32::MAX);
+    assert_eq!(config.dword(0x100), u32::MAX);
 }

@@ -2,6 +2,7 @@ use proptest::collection::vec;
 use proptest::prelude::*;
 
 use super::*;
+use crate::endpoint::BarIndex;
 
 const MEMORY32: BarKind = BarKind::Memory32 {
     prefetchable: false,
@@ -93,6 +94,21 @@ fn a_function_is_assigned_largest_first() {
         .map(|(bar, _)| bars.address(bar).unwrap())
         .collect();
     assert_eq!(addresses, [0xc010_0000, 0xc000_0000, 0xc010_1000]);
+}
+
+#[test]
+fn functions_are_assigned_apart() {
+    let mut allocator = BarAllocator::new(&WINDOWS).unwrap();
+    let spec = Some(BarSpec {
+        kind: MEMORY64,
+        size: 0x1000,
+    });
+    let addresses = [(); 2].map(|()| {
+        let mut bars = Bars::new([spec, None, None, None, None, None]).unwrap();
+        allocator.assign(&mut bars).unwrap();
+        bars.address(BarIndex::ALL[0])
+    });
+    assert_eq!(addresses, [Some(0x40_0000_0000), Some(0x40_0000_1000)]);
 }
 
 #[test]
