@@ -1,1 +1,44 @@
 //! The VMM's end of a vfio-user connection.
+//!
+//! A [`Client`] speaks to the server of one device. It knows the whole protocol and nothing of PCI, KVM or guest
+//! memory: the device's own memory accesses go through [`GuestDma`], a trait that the VMM implements. The server is not
+//! trusted. Whatever it sends, or does not, ends in a [`ConnError`] at the latest when the deadline of that kind of call
+//! comes ([`Deadlines`]), and allocates nothing but what the caller asked for.
+//!
+//! Any number of threads may call at once. Each sends its command by itself; one of those who wait reads the socket and
+//! hands the others their replies, so a call costs no switch to another thread.
+
+#![forbid(unsafe_code)]
+#![warn(clippy::indexing_slicing)]
+
+mod calls;
+mod client;
+mod connection;
+mod counters;
+mod device;
+mod dma;
+mod error;
+mod irqs;
+mod maps;
+mod migration;
+mod options;
+mod reader;
+mod regions;
+mod socket;
+mod twin;
+mod watch;
+
+pub use client::Client;
+pub use connection::State;
+pub use counters::{Counters, Histogram};
+pub use device::{DeviceInfo, IoEvent, IrqInfo, MappedArea, RegionInfo};
+pub use dma::{DmaError, GuestDma};
+pub use error::{ConnError, Loss};
+pub use irqs::{IrqAction, Irqs};
+pub use maps::DmaAccess;
+pub use options::{Deadlines, Options};
+pub use regions::RegionWrite;
+
+pub use vfio_user_protocol::{
+    Command, DeviceState, Limits, LoggingRange, MigrationFlags, ProtocolError,
+};
