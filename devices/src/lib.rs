@@ -1,1 +1,23 @@
-//! What the guest sees: the passthrough endpoint, its backends, and the few platform devices.
+//! What the guest sees: the passthrough endpoint over its backends, and the few platform devices.
+
+pub mod power;
+
+mod backend;
+mod bus;
+mod dma;
+mod i8042;
+mod interrupts;
+mod passthrough;
+mod remote;
+mod serial;
+
+pub use backend::{
+    Backend, BackendError, Doorbell, Irq, IrqInfo, MappableArea, MessageControl, Region, RegionInfo,
+};
+pub use bus::BusDevice;
+pub use dma::{DmaTarget, Mapping};
+pub use i8042::I8042;
+pub use interrupts::{EventVectors, InterruptLine, InterruptSource};
+pub use passthrough::{BarLayout, Passthrough, Probe, ProbeError};
+pub use remote::Remote;
+pub use serial::Serial;

@@ -1,1 +1,33 @@
-//! The machine, and the outrigger binary.
+//! The machine: memory, vCPUs, boot, interrupts and buses around the devices that others provide.
+//!
+//! [`Vm`] is all of it. The `outrigger` binary makes one of the command line and runs it.
+
+mod acpi;
+mod bars;
+mod boot;
+mod bus;
+mod config;
+mod console;
+mod cpuid;
+mod ending;
+mod event_loop;
+mod interrupts;
+mod kvm;
+mod kvm_ext;
+mod layout;
+mod memory;
+mod options;
+mod pci_host;
+mod platform;
+mod slots;
+mod vcpu;
+mod vcpus;
+mod vm;
+
+pub use config::{
+    ConfigError, MemoryConfig, PayloadConfig, SerialConfig, UserDeviceConfig, VmConfig, parse_vcpus,
+};
+pub use ending::Ending;
+pub use kvm::only_emulates;
+pub use vcpus::Vcpus;
+pub use vm::{Vm, VmError};

@@ -1,0 +1,30 @@
+//! The way from a device's events to the guest's interrupt controllers, which the machine provides.
+
+use std::fmt;
+use std::os::fd::BorrowedFd;
+
+use pci::{Cause, InterruptPin, Vectors};
+
+/// Gives an endpoint its interrupts.
+pub trait InterruptSource: Send + Sync + fmt::Debug {
+    /// The vectors of one MSI or MSI-X capability. Dropping them gives all they use back.
+    fn vectors(&self, count: u16) -> Result<Box<dyn EventVectors>, Cause>;
+
+    /// Connects an event to the interrupt line that `pin` of this function leads to. Dropping it disconnects it.
+    fn line(&self, pin: InterruptPin) -> Result<Box<dyn InterruptLine>, Cause>;
+}
+
+/// Vectors that a device signals through events.
+pub trait EventVectors: Vectors {
+    /// The event that sends this vector's message.
+    fn event(&self, vector: u16) -> Result<BorrowedFd<'_>, Cause>;
+}
+
+/// A level-triggered interrupt line: signalled, it stays asserted until the guest has served the interrupt.
+pub trait InterruptLine: Send + Sync + fmt::Debug {
+    /// What the device signals.
+    fn trigger(&self) -> BorrowedFd<'_>;
+
+    /// What is signalled when the guest has served the interrupt, and the line is down again.
+    fn resample(&self) -> BorrowedFd<'_>;
+}

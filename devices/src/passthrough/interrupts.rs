@@ -1,0 +1,219 @@
+//! An endpoint's way of interrupting the guest: by its pin, by MSI or by MSI-X, one at a time.
+
+use std::fmt;
+use std::sync::{Arc, PoisonError, RwLock};
+
+use pci::{Cause, InterruptPin, MsiMessage};
+
+use super::config::Config;
+use super::intx::Intx;
+use crate::backend::{Backend, Irq, IrqInfo};
+use crate::interrupts::{EventVectors, InterruptSource};
+
+/// Which of the three it is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Mode {
+    /// None: the guest has switched its pin off, or it has none.
+    Off,
+    Pin(InterruptPin),
+    Msi {
+        vectors: u16,
+    },
+    Msix {
+        vectors: u16,
+    },
+}
+
+impl Mode {
+    /// The mode that the registers tell.
+    pub(super) fn of(config: &Config) -> Self {
+        let msix = config
+            .msix
+            .as_ref()
+            .map(|(_, msix)| msix)
+            .filter(|msix| msix.enabled());
+        let msi = config
+            .msi
+            .as_ref()
+            .map(|(_, msi)| msi)
+            .filter(|msi| msi.enabled());
+        let pin_on = !config.command().contains(pci::Command::INTX_DISABLE);
+        match (msix, msi, config.interrupt_pin()) {
+            (Some(msix), _, _) => Self::Msix {
+                vectors: msix.vectors(),
+            },
+            (None, Some(msi), _) => Self::Msi {
+                vectors: msi.granted(),
+            },
+            (None, None, Some(pin)) if pin_on => Self::Pin(pin),
+            _ => Self::Off,
+        }
+    }
+
+    fn irq(self) -> Option<Irq> {
+        match self {
+            Self::Off => None,
+            Self::Pin(_) => Some(Irq::Intx),
+            Self::Msi { .. } => Some(Irq::Msi),
+            Self::Msix { .. } => Some(Irq::Msix),
+        }
+    }
+}
+
+/// The vectors of the mode that is on, for whoever wants to know what is pending.
+#[derive(Debug, Default)]
+pub(super) struct CurrentVectors(RwLock<Option<Arc<dyn EventVectors>>>);
+
+impl CurrentVectors {
+    pub(super) fn pending(&self, vector: u16) -> bool {
+        self.current()
+            .is_some_and(|vectors| vectors.pending(vector))
+    }
+
+    fn current(&self) -> Option<Arc<dyn EventVectors>> {
+        self.0
+            .read()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone()
+    }
+
+    fn set(&self, vectors: Option<Arc<dyn EventVectors>>) {
+        *self.0.write().unwrap_or_else(PoisonError::into_inner) = vectors;
+    }
+}
+
+/// The interrupts as they are set up in the device and in the machine.
+#[derive(Debug)]
+pub(super) struct Interrupts {
+    source: Box<dyn InterruptSource>,
+    intx_info: IrqInfo,
+    mode: Mode,
+    intx: Option<Intx>,
+    vectors: Arc<CurrentVectors>,
+    /// The MSI-X vectors that the device has events for.
+    armed: Vec<bool>,
+}
+
+impl Interrupts {
+    pub(super) fn new(
+        source: Box<dyn InterruptSource>,
+        intx_info: IrqInfo,
+        vectors: Arc<CurrentVectors>,
+    ) -> Self {
+        Self {
+            source,
+            intx_info,
+            mode: Mode::Off,
+            intx: None,
+            vectors,
+            armed: Vec::new(),
+        }
+    }
+
+    /// Changes to `mode`, and has vectors send `messages` from now on. The old mode is disabled before the new one is
+    /// enabled: libvfio-user keeps the events of all three in one array.
+    pub(super) fn update(
+        &mut self,
+        backend: &Arc<dyn Backend>,
+        mode: Mode,
+        messages: &[(u16, Option<MsiMessage>)],
+    ) -> Result<(), Cause> {
+        if mode != self.mode {
+            let disabled = self.disable(backend.as_ref());
+            self.enable(backend, mode)?;
+            disabled?;
+        }
+        self.program(backend.as_ref(), messages)
+    }
+
+    /// Takes the device's interrupts away, in the machine even if the device does not answer.
+    pub(super) fn disable(&mut self, backend: &dyn Backend) -> Result<(), Cause> {
+        let old = std::mem::replace(&mut self.mode, Mode::Off);
+        self.intx = None;
+        self.vectors.set(None);
+        self.armed.clear();
+        if let Some(irq) = old.irq() {
+            backend.disarm(irq)?;
+        }
+        Ok(())
+    }
+
+    fn enable(&mut self, backend: &Arc<dyn Backend>, mode: Mode) -> Result<(), Cause> {
+        match mode {
+            Mode::Off => {}
+            Mode::Pin(pin) => {
+                let line = self.source.line(pin)?;
+                self.intx = Some(Intx::new(line, backend, self.intx_info)?);
+            }
+            Mode::Msi { vectors: count } => {
+                let vectors: Arc<dyn EventVectors> = self.source.vectors(count)?.into();
+                // All at once: the device cannot be given more of them later.
+                let events = (0..count)
+                    .map(|vector| vectors.event(vector))
+                    .collect::<Result<Vec<_>, _>>()?;
+                backend.arm(Irq::Msi, 0, &events)?;
+                drop(events);
+                self.vectors.set(Some(vectors));
+            }
+            Mode::Msix { vectors: count } => {
+                self.vectors.set(Some(self.source.vectors(count)?.into()));
+                self.armed = vec![false; count.into()];
+            }
+        }
+        self.mode = mode;
+        Ok(())
+    }
+
+    /// Has the vectors send these messages, and the device signal those of MSI-X that it has no events for yet.
+    fn program(
+        &mut self,
+        backend: &dyn Backend,
+        messages: &[(u16, Option<MsiMessage>)],
+    ) -> Result<(), Cause> {
+        let Some(vectors) = self.vectors.current() else {
+            return Ok(());
+        };
+        if messages.is_empty() {
+            return Ok(());
+        }
+        vectors.program(messages)?;
+        if !matches!(self.mode, Mode::Msix { .. }) {
+            return Ok(());
+        }
+        let unarmed = |(vector, message): &(u16, Option<_>)| {
+            let armed = self
+                .armed
+                .get(usize::from(*vector))
+                .copied()
+                .unwrap_or(true);
+            (message.is_some() && !armed).then_some(*vector)
+        };
+        let unarmed: Vec<_> = messages.iter().filter_map(unarmed).collect();
+        for run in unarmed.chunk_by(|a, b| a + 1 == *b) {
+            let events = run
+                .iter()
+                .map(|&vector| vectors.event(vector))
+                .collect::<Result<Vec<_>, _>>()?;
+            if let Some(&first) = run.first() {
+                backend.arm(Irq::Msix, first, &events)?;
+            }
+            for &vector in run {
+                if let Some(armed) = self.armed.get_mut(usize::from(vector)) {
+                    *armed = true;
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+impl fmt::Display for Mode {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Off => write!(f, "no interrupts"),
+            Self::Pin(_) => write!(f, "INTx"),
+            Self::Msi { .. } => write!(f, "MSI"),
+            Self::Msix { .. } => write!(f, "MSI-X"),
+        }
+    }
+}

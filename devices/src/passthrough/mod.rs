@@ -1,0 +1,303 @@
+//! The passthrough endpoint: a PCI function whose registers, memory and interrupts are a device's somewhere else.
+//!
+//! It virtualises what the guest must not reach, forwards the rest, and orders the one against the other. Its BARs'
+//! contents cost nothing where they are mapped and one call of the [`Backend`] where they are not.
+
+mod config;
+mod faults;
+mod interrupts;
+mod intx;
+mod probe;
+mod turn;
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use pci::{BarIndex, BarMapper, Cause, Decoded, Endpoint, MsixLayout};
+
+use self::config::{Config, Effects, Forward};
+use self::faults::Faults;
+use self::interrupts::{CurrentVectors, Interrupts, Mode};
+pub use self::probe::{BarLayout, Probe, ProbeError};
+use self::turn::Turn;
+use crate::backend::{Backend, MessageControl, Region};
+use crate::interrupts::InterruptSource;
+
+/// How long an access waits for others of the same device's control registers to be done. Each of those takes a few
+/// calls of the backend at most.
+const PATIENCE: Duration = Duration::from_secs(10);
+
+/// A device that is passed through to the guest.
+///
+/// Configuration writes and writes to the MSI-X table of one device take turns, for they may each take several calls
+/// of the backend. Everything else goes by itself.
+#[derive(Debug)]
+pub struct Passthrough {
+    backend: Arc<dyn Backend>,
+    faults: Faults,
+    msix: Option<MsixLayout>,
+    /// What the registers are after a reset.
+    power_on: Config,
+    /// What they are now. Never locked while the backend is called.
+    config: Mutex<Config>,
+    vectors: Arc<CurrentVectors>,
+    wiring: Turn<Wiring>,
+}
+
+/// What follows from the registers: set up in the machine and in the device.
+#[derive(Debug)]
+struct Wiring {
+    // Before the mapper, so that a guest never sees a BAR of a device that cannot interrupt it.
+    interrupts: Interrupts,
+    mapper: Box<dyn BarMapper>,
+    mapped: Decoded,
+}
+
+impl Passthrough {
+    /// Makes an endpoint of a device that has been probed. `id` names it in the log.
+    pub fn new(
+        id: &str,
+        probe: Probe,
+        mapper: Box<dyn BarMapper>,
+        source: Box<dyn InterruptSource>,
+    ) -> Self {
+        let vectors = Arc::new(CurrentVectors::default());
+        let interrupts = Interrupts::new(source, probe.intx, vectors.clone());
+        Self {
+            backend: probe.backend,
+            faults: Faults::new(id),
+            msix: probe.msix,
+            power_on: probe.config.clone(),
+            config: Mutex::new(probe.config),
+            vectors,
+            wiring: Turn::new(Wiring {
+                interrupts,
+                mapper,
+                mapped: Decoded::default(),
+            }),
+        }
+    }
+
+    fn config(&self) -> MutexGuard<'_, Config> {
+        self.config.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Calls `serve` when it is this access' turn.
+    fn in_turn<R>(&self, serve: impl FnOnce(&mut Wiring) -> R) -> Option<R> {
+        let result = self.wiring.take(PATIENCE, serve);
+        if result.is_none() {
+            self.faults.record(
+                format_args!("access given up"),
+                &"the device is busy with others",
+            );
+        }
+        result
+    }
+
+    /// Does what a configuration write leads to.
+    fn apply(&self, wiring: &mut Wiring, effects: &Effects) {
+        let (decoded, mode) = {
+            let config = self.config();
+            (config.decoded(), Mode::of(&config))
+        };
+        // Off the bus before the device stops decoding, and onto it after the device has started.
+        self.unmap(wiring, &decoded);
+        let updated = wiring
+            .interrupts
+            .update(&self.backend, mode, &effects.messages);
+        if let Err(error) = updated {
+            self.faults
+                .record(format_args!("cannot change to {mode}"), &error);
+        }
+        for forward in &effects.forward {
+            self.forward(forward);
+        }
+        self.map(wiring, &decoded);
+    }
+
+    fn unmap(&self, wiring: &mut Wiring, decoded: &Decoded) {
+        let (unmap, _) = wiring.mapped.changes(decoded);
+        for bar in unmap {
+            wiring.mapper.unmap(bar);
+        }
+    }
+
+    fn map(&self, wiring: &mut Wiring, decoded: &Decoded) {
+        let (_, map) = wiring.mapped.changes(decoded);
+        for (bar, address) in map {
+            if let Err(error) = wiring.mapper.map(bar, address) {
+                self.faults
+                    .record(format_args!("{bar} is not mapped"), &error);
+            }
+        }
+        wiring.mapped = *decoded;
+    }
+
+    fn forward(
+        &self,
+        Forward {
+            offset,
+            data,
+            message_control,
+        }: &Forward,
+    ) {
+        if *message_control && self.backend.message_control() == MessageControl::Arming {
+            return;
+        }
+        if let Err(error) = self.backend.write(Region::Config, (*offset).into(), data) {
+            self.faults.record(
+                format_args!("write to configuration space at {offset:#x}"),
+                &error,
+            );
+        }
+    }
+
+    /// Puts the function into the state that `config` tells.
+    fn reset_to(&self, wiring: &mut Wiring, config: Config) -> Result<(), Cause> {
+        self.unmap(wiring, &Decoded::default());
+        wiring.mapped = Decoded::default();
+        let disabled = wiring.interrupts.disable(self.backend.as_ref());
+        let reset = self.backend.reset();
+        let mode = Mode::of(&config);
+        *self.config() = config;
+        let enabled = wiring.interrupts.update(&self.backend, mode, &[]);
+        disabled?;
+        reset?;
+        enabled
+    }
+
+    /// Which of the VMM's own parts of a BAR an access is in: none, or one of them entirely, or something in between.
+    fn place(&self, bar: BarIndex, offset: u64, length: usize) -> Place {
+        let Some(msix) = &self.msix else {
+            return Place::Device;
+        };
+        let end = offset + length as u64;
+        let table = (msix.table_bar == bar).then(|| msix.table_range());
+        let pba = (msix.pba_bar == bar).then(|| msix.pba_range());
+        let places = [
+            (table, Place::Table as fn(u64) -> Place),
+            (pba, Place::Pending),
+        ];
+        for (range, place) in places {
+            match range {
+                Some(range) if range.start <= offset && end <= range.end => {
+                    return place(offset - range.start);
+                }
+                Some(range) if offset < range.end && range.start < end => return Place::Several,
+                _ => {}
+            }
+        }
+        Place::Device
+    }
+}
+
+/// What part of a BAR an access is in.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Place {
+    /// Wholly in the device's.
+    Device,
+    /// At this offset of the MSI-X table.
+    Table(u64),
+    /// At this offset of the pending bits.
+    Pending(u64),
+    /// In more than one.
+    Several,
+}
+
+impl Endpoint for Passthrough {
+    fn config_read(&self, offset: u16, data: &mut [u8]) {
+        data.fill(0);
+        let is_devices = self.config().is_devices(offset, data.len());
+        if is_devices {
+            if let Err(error) = self.backend.read(Region::Config, offset.into(), data) {
+                self.faults.record(
+                    format_args!("read of configuration space at {offset:#x}"),
+                    &error,
+                );
+                data.fill(0xff);
+            }
+        }
+        self.config()
+            .read(offset, data, |vector| self.vectors.pending(vector));
+    }
+
+    fn config_write(&self, offset: u16, data: &[u8]) {
+        self.in_turn(|wiring| {
+            let effects = self.config().write(offset, data);
+            if effects.reset {
+                let mut config = self.power_on.clone();
+                config.forget_addresses();
+                if let Err(error) = self.reset_to(wiring, config) {
+                    self.faults
+                        .record(format_args!("function-level reset"), &error);
+                }
+            } else {
+                self.apply(wiring, &effects);
+            }
+        });
+    }
+
+    fn bar_read(&self, bar: BarIndex, offset: u64, data: &mut [u8]) {
+        match self.place(bar, offset, data.len()) {
+            Place::Device => {
+                if let Err(error) = self.backend.read(Region::Bar(bar), offset, data) {
+                    self.faults
+                        .record(format_args!("read of {bar} at {offset:#x}"), &error);
+                    data.fill(0xff);
+                }
+            }
+            Place::Table(offset) => {
+                if let Some((_, msix)) = &self.config().msix {
+                    msix.read_table(offset, data);
+                }
+            }
+            Place::Pending(offset) => {
+                if let Some((_, msix)) = &self.config().msix {
+                    msix.read_pba(offset, data, |vector| self.vectors.pending(vector));
+                }
+            }
+            Place::Several => {
+                for (byte, offset) in data.chunks_mut(1).zip(offset..) {
+                    self.bar_read(bar, offset, byte);
+                }
+            }
+        }
+    }
+
+    fn bar_write(&self, bar: BarIndex, offset: u64, data: &[u8]) {
+        match self.place(bar, offset, data.len()) {
+            Place::Device => {
+                if let Err(error) = self.backend.write(Region::Bar(bar), offset, data) {
+                    self.faults
+                        .record(format_args!("write to {bar} at {offset:#x}"), &error);
+                }
+            }
+            Place::Table(offset) => {
+                self.in_turn(|wiring| {
+                    let messages = match &mut self.config().msix {
+                        Some((_, msix)) => msix.write_table(offset, data),
+                        None => Vec::new(),
+                    };
+                    self.apply(
+                        wiring,
+                        &Effects {
+                            messages,
+                            ..Default::default()
+                        },
+                    );
+                });
+            }
+            Place::Pending(_) => {}
+            Place::Several => {
+                for (byte, offset) in data.chunks(1).zip(offset..) {
+                    self.bar_write(bar, offset, byte);
+                }
+            }
+        }
+    }
+
+    fn reset(&self) -> Result<(), Cause> {
+        let reset = self.in_turn(|wiring| self.reset_to(wiring, self.power_on.clone()));
+        reset.unwrap_or_else(|| Err("the device is busy".into()))
+    }
+}

@@ -1,0 +1,210 @@
+//! What a device is: all that is asked of it once, when it is attached.
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use pci::{BarIndex, BarKind, BarSpec, Bars, ConfigSpace, MsixLayout};
+
+use super::config::{self, Config};
+use crate::backend::{Backend, BackendError, Doorbell, Irq, IrqInfo, MappableArea, Region};
+
+/// Why a device cannot be an endpoint.
+#[derive(Debug, thiserror::Error)]
+pub enum ProbeError {
+    /// The device did not answer, or refused.
+    #[error(transparent)]
+    Backend(#[from] BackendError),
+    /// It has no configuration space to speak of.
+    #[error("its configuration space is {size} bytes; a PCI function has at least 64")]
+    NoConfigSpace {
+        /// The length of its region in bytes.
+        size: u64,
+    },
+    /// It is a bridge.
+    #[error("its header type is {0:#x}: bridges cannot be passed through")]
+    Bridge(u8),
+    /// Its BARs make no sense.
+    #[error(transparent)]
+    Bars(#[from] pci::BarError),
+    /// Its capability list makes no sense.
+    #[error(transparent)]
+    Capabilities(#[from] pci::CapabilityError),
+    /// Its MSI-X capability makes no sense.
+    #[error(transparent)]
+    Msix(#[from] pci::MsixError),
+}
+
+/// A device that has been asked all that an endpoint must know of it.
+#[derive(Debug)]
+pub struct Probe {
+    pub(super) backend: Arc<dyn Backend>,
+    pub(super) config: Config,
+    pub(super) msix: Option<MsixLayout>,
+    pub(super) intx: IrqInfo,
+    layouts: [Option<BarLayout>; 6],
+}
+
+/// A BAR and what is behind it, wherever the guest puts it.
+#[derive(Debug, Clone)]
+pub struct BarLayout {
+    /// What space it is in, and its size.
+    pub spec: BarSpec,
+    /// Whether writes do anything.
+    pub writable: bool,
+    /// The parts that the guest may reach without an exit. The MSI-X table is in none of them.
+    pub areas: Vec<MappableArea>,
+    /// The places that only ring a bell.
+    pub doorbells: Vec<Doorbell>,
+}
+
+impl Probe {
+    /// Asks the device.
+    pub fn new(backend: Arc<dyn Backend>) -> Result<Self, ProbeError> {
+        let (space, size) = read_config(backend.as_ref())?;
+        let header_type = space.byte(pci::header::HEADER_TYPE) & !pci::header::MULTI_FUNCTION;
+        if header_type != 0 {
+            return Err(ProbeError::Bridge(header_type));
+        }
+        let mut regions = Vec::with_capacity(BarIndex::ALL.len());
+        for bar in BarIndex::ALL {
+            regions.push(backend.region(Region::Bar(bar))?);
+        }
+        let mut sizes = regions.iter().map(|region| region.size);
+        let bars = config::bars(&space, [(); 6].map(|()| sizes.next().unwrap_or(0)))?;
+        let msix = find_msix(&space)?;
+        if let Some(layout) = &msix {
+            layout.check(|bar| bars.spec(bar).map_or(0, |spec| spec.size))?;
+        }
+        let mut layouts = [const { None }; 6];
+        for ((bar, layout), region) in BarIndex::ALL.into_iter().zip(&mut layouts).zip(regions) {
+            let Some(spec) = bars.spec(bar) else { continue };
+            let mut areas = if spec.kind == BarKind::Io {
+                Vec::new()
+            } else {
+                region.areas
+            };
+            for hole in msix.iter().flat_map(|msix| message_ranges(msix, bar)) {
+                areas = areas.iter().flat_map(|area| without(area, &hole)).collect();
+            }
+            *layout = Some(BarLayout {
+                spec: *spec,
+                writable: region.writable,
+                areas,
+                doorbells: backend.doorbells(Region::Bar(bar))?,
+            });
+        }
+        let config = Config::new(space, size, bars)?;
+        let intx = match config.interrupt_pin() {
+            Some(_) => backend.irq(Irq::Intx)?,
+            None => IrqInfo::default(),
+        };
+        Ok(Self {
+            backend,
+            config,
+            msix,
+            intx,
+            layouts,
+        })
+    }
+
+    /// Its BARs.
+    pub fn bars(&self) -> &Bars {
+        &self.config.bars
+    }
+
+    /// Sets the addresses of its BARs, as firmware would.
+    pub fn set_bars(&mut self, bars: Bars) {
+        self.config.set_bars(bars);
+    }
+
+    /// What is behind its BARs.
+    pub fn layouts(&self) -> [Option<BarLayout>; 6] {
+        self.layouts.clone()
+    }
+}
+
+/// The device's configuration space, and how many bytes of it there are.
+fn read_config(backend: &dyn Backend) -> Result<(ConfigSpace, u16), ProbeError> {
+    let size = backend.region(Region::Config)?.size;
+    if size < u64::from(pci::header::END) {
+        return Err(ProbeError::NoConfigSpace { size });
+    }
+    let length = u16::try_from(size).map_or(ConfigSpace::SIZE, |size| size.min(ConfigSpace::SIZE));
+    let mut bytes = vec![0; length.into()];
+    backend.read(Region::Config, 0, &mut bytes)?;
+    let mut space = ConfigSpace::new();
+    space.set(0, &bytes);
+    Ok((space, length))
+}
+
+fn find_msix(space: &ConfigSpace) -> Result<Option<MsixLayout>, ProbeError> {
+    for capability in pci::capabilities(|offset| space.dword(offset)) {
+        let capability = capability?;
+        if capability.id == pci::Capability::MSIX {
+            return Ok(Some(MsixLayout::parse(space, capability.offset)?));
+        }
+    }
+    Ok(None)
+}
+
+/// What of a BAR the MSI-X table and its pending bits take: the VMM's own, so not to be mapped.
+fn message_ranges(msix: &MsixLayout, bar: BarIndex) -> impl Iterator<Item = Range<u64>> {
+    let table = (msix.table_bar == bar).then(|| msix.table_range());
+    let pba = (msix.pba_bar == bar).then(|| msix.pba_range());
+    table.into_iter().chain(pba)
+}
+
+/// What is left of an area without the pages that a range of the BAR touches.
+fn without(area: &MappableArea, hole: &Range<u64>) -> impl Iterator<Item = MappableArea> {
+    const PAGE: u64 = 4096;
+    let end = area.offset + area.size;
+    let hole_start = hole.start / PAGE * PAGE;
+    let hole_end = hole.end.next_multiple_of(PAGE);
+    let below = area.offset..hole_start.clamp(area.offset, end);
+    let above = hole_end.clamp(area.offset, end)..end;
+    let untouched = hole_end <= area.offset || hole_start >= end;
+    let pieces = if untouched {
+        [area.offset..end, end..end]
+    } else {
+        [below, above]
+    };
+    pieces
+        .into_iter()
+        .filter(|piece| !piece.is_empty())
+        .map(|piece| MappableArea {
+            offset: piece.start,
+            size: piece.end - piece.start,
+            file: area.file.clone(),
+            file_offset: area.file_offset + (piece.start - area.offset),
+        })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::fs::File;
+
+    #[test]
+    fn message_table_is_cut_out_in_whole_pages() {
+        let area = MappableArea {
+            offset: 0x1000,
+            size: 0x4000,
+            file: Arc::new(File::open("/dev/null").unwrap().into()),
+            file_offset: 0x10000,
+        };
+        let left = |hole| {
+            without(&area, &hole)
+                .map(|area| (area.offset, area.size, area.file_offset))
+                .collect::<Vec<_>>()
+        };
+        assert_eq!(
+            left(0x2010..0x2020),
+            [(0x1000, 0x1000, 0x10000), (0x3000, 0x2000, 0x12000)]
+        );
+        assert_eq!(left(0x1000..0x1008), [(0x2000, 0x3000, 0x11000)]);
+        assert_eq!(left(0x4ff8..0x5000), [(0x1000, 0x3000, 0x10000)]);
+        assert_eq!(left(0..0x1000), [(0x1000, 0x4000, 0x10000)]);
+        assert_eq!(left(0x5000..0x6000), [(0x1000, 0x4000, 0x10000)]);
+        assert_eq!(left(0..0x8000), []);
+    }
+}

@@ -1,0 +1,163 @@
+//! The backend that is a vfio-user server.
+
+use std::fmt;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::path::Path;
+use std::sync::Arc;
+
+use vfio_user_client::{Client, DmaAccess, GuestDma, IoEvent, Loss, Options, State};
+
+use crate::backend::{
+    Backend, BackendError, Doorbell, Irq, IrqInfo, MappableArea, MessageControl, Region, RegionInfo,
+};
+use crate::dma::{DmaTarget, Mapping};
+
+/// A device in another process, at the other end of a vfio-user connection.
+pub struct Remote {
+    client: Client,
+    resettable: bool,
+}
+
+/// The numbers of regions and interrupts that every PCI device has (`VFIO_PCI_NUM_REGIONS` and those up to
+/// `VFIO_PCI_MSIX_IRQ_INDEX` in linux/vfio.h, and what QEMU's client asks for).
+const REGIONS: u32 = 8;
+const IRQS: u32 = 3;
+
+impl Remote {
+    /// Connects to the server that listens on `socket`. `memory` is what it may reach by messages.
+    pub fn connect(socket: &Path, memory: Arc<dyn GuestDma>) -> Result<Self, BackendError> {
+        let client = Client::connect(socket, memory, &Options::default())?;
+        let info = client.device_info()?;
+        if !info.pci || info.regions < REGIONS || info.irqs < IRQS {
+            return Err(BackendError::NotPci);
+        }
+        Ok(Self {
+            client,
+            resettable: info.resettable,
+        })
+    }
+
+    /// Serves what the server has sent while nobody waited for it. To be called when the descriptor is readable; an
+    /// error says that the connection is lost.
+    pub fn serve(&self) -> Result<(), Loss> {
+        match self.client.serve() {
+            State::Lost(loss) => Err(loss),
+            _ => Ok(()),
+        }
+    }
+}
+
+impl AsFd for Remote {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.client.as_fd()
+    }
+}
+
+impl Backend for Remote {
+    fn region(&self, region: Region) -> Result<RegionInfo, BackendError> {
+        let info = self.client.region_info(region.index())?;
+        let areas = match &info.file {
+            Some(file) => info
+                .areas
+                .iter()
+                .map(|area| MappableArea {
+                    offset: area.offset,
+                    size: area.size,
+                    file: file.clone(),
+                    file_offset: area.file_offset,
+                })
+                .collect(),
+            None => Vec::new(),
+        };
+        Ok(RegionInfo {
+            size: info.size,
+            writable: info.writable,
+            areas,
+        })
+    }
+
+    fn read(&self, region: Region, offset: u64, data: &mut [u8]) -> Result<(), BackendError> {
+        Ok(self.client.region_read(region.index(), offset, data)?)
+    }
+
+    fn write(&self, region: Region, offset: u64, data: &[u8]) -> Result<(), BackendError> {
+        Ok(self.client.region_write(region.index(), offset, data)?)
+    }
+
+    fn irq(&self, irq: Irq) -> Result<IrqInfo, BackendError> {
+        let info = self.client.irq_info(irq.index())?;
+        Ok(IrqInfo {
+            count: info.count,
+            automasked: info.automasked,
+        })
+    }
+
+    fn arm(&self, irq: Irq, first: u16, events: &[BorrowedFd<'_>]) -> Result<(), BackendError> {
+        Ok(self
+            .client
+            .set_irq_events(irq.index(), first.into(), events)?)
+    }
+
+    fn disarm(&self, irq: Irq) -> Result<(), BackendError> {
+        Ok(self.client.disable_irqs(irq.index())?)
+    }
+
+    fn unmask(&self, irq: Irq) -> Result<(), BackendError> {
+        Ok(self.client.unmask_irq(irq.index(), 0, 1)?)
+    }
+
+    fn unmask_on(&self, irq: Irq, event: BorrowedFd<'_>) -> Result<(), BackendError> {
+        Ok(self.client.unmask_irq_by_event(irq.index(), event)?)
+    }
+
+    fn doorbells(&self, region: Region) -> Result<Vec<Doorbell>, BackendError> {
+        let events = self.client.region_io_fds(region.index())?;
+        let doorbell = |IoEvent {
+                            offset,
+                            size,
+                            fd,
+                            datamatch,
+                            ..
+                        }| Doorbell {
+            offset,
+            width: size,
+            value: datamatch,
+            event: fd,
+        };
+        Ok(events.into_iter().map(doorbell).collect())
+    }
+
+    fn reset(&self) -> Result<(), BackendError> {
+        if self.resettable {
+            Ok(self.client.reset()?)
+        } else {
+            Ok(())
+        }
+    }
+
+    /// SPDK's and libvfio-user's devices look at the control registers in their own configuration space.
+    fn message_control(&self) -> MessageControl {
+        MessageControl::Forwarded
+    }
+}
+
+impl DmaTarget for Remote {
+    fn map(&self, mapping: &Mapping<'_>) -> Result<(), BackendError> {
+        let Mapping {
+            iova, size, file, ..
+        } = *mapping;
+        Ok(self
+            .client
+            .dma_map(iova, size, Some(file), DmaAccess::ReadWrite)?)
+    }
+
+    fn unmap(&self, iova: u64, size: u64) -> Result<(), BackendError> {
+        Ok(self.client.dma_unmap(iova, size)?)
+    }
+}
+
+impl fmt::Debug for Remote {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Remote").finish_non_exhaustive()
+    }
+}

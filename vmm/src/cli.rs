@@ -1,0 +1,170 @@
+//! The command line.
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use anyhow::bail;
+use clap::{ArgAction, Parser};
+use vmm::{MemoryConfig, PayloadConfig, SerialConfig, UserDeviceConfig, VmConfig, parse_vcpus};
+
+/// Boots a guest with KVM whose PCI devices live in other processes.
+#[derive(Debug, Parser)]
+#[command(name = "outrigger", version, max_term_width = 100)]
+pub(crate) struct Cli {
+    /// The kernel: a bzImage, or an ELF file with a PVH note
+    #[arg(long, value_name = "PATH")]
+    kernel: PathBuf,
+
+    /// The initramfs
+    #[arg(long, value_name = "PATH")]
+    initramfs: Option<PathBuf>,
+
+    /// The kernel's command line
+    #[arg(
+        long,
+        value_name = "STRING",
+        default_value = "",
+        allow_hyphen_values = true
+    )]
+    cmdline: String,
+
+    /// How many vCPUs: a number, or boot=NUMBER
+    #[arg(long, value_name = "NUMBER", default_value = "1")]
+    cpus: String,
+
+    /// Guest RAM: size=BYTES (with K, M, G or T behind it; 512M if not given), hugepages=on for huge
+    /// pages of 2 MiB, prefault=on to take the host's memory at the start
+    #[arg(long, value_name = "size=BYTES,...")]
+    memory: Option<String>,
+
+    /// Where the serial port leads: tty (Ctrl-A x leaves), off, file=PATH or socket=PATH
+    #[arg(long, value_name = "WHERE", default_value = "tty")]
+    serial: String,
+
+    /// The paravirtual console; there is none, so only off is possible
+    #[arg(long, value_name = "off", default_value = "off")]
+    console: String,
+
+    /// A device that a vfio-user server provides: socket=PATH, and id=NAME to call it by. Takes
+    /// several values, and may be repeated
+    #[arg(long = "user-device", value_name = "socket=PATH,...", num_args = 1..)]
+    user_devices: Vec<String>,
+
+    /// Exit with status 3 when the guest resets, instead of starting it again
+    #[arg(long)]
+    pub(crate) no_reboot: bool,
+
+    /// Say more: once for what happens, twice for details, three times for every access
+    #[arg(short, action = ArgAction::Count)]
+    verbose: u8,
+}
+
+impl Cli {
+    /// Parses the command line. A mistake has been reported when this returns an exit status.
+    pub(crate) fn from_arguments() -> Result<Self, ExitCode> {
+        Self::try_parse().map_err(|error| {
+            // If standard error is gone, there is nobody to tell.
+            let _ = error.print();
+            if error.use_stderr() {
+                ExitCode::FAILURE
+            } else {
+                ExitCode::SUCCESS
+            }
+        })
+    }
+
+    /// Logs to standard error.
+    pub(crate) fn set_up_log(&self) {
+        let level = match self.verbose {
+            0 => log::LevelFilter::Warn,
+            1 => log::LevelFilter::Info,
+            2 => log::LevelFilter::Debug,
+            _ => log::LevelFilter::Trace,
+        };
+        env_logger::Builder::new()
+            .filter_level(level)
+            .format(|out, record| {
+                use std::io::Write as _;
+                writeln!(
+                    out,
+                    "outrigger: {}: {}",
+                    record.level().as_str().to_lowercase(),
+                    record.args()
+                )
+            })
+            .init();
+    }
+
+    /// The VM that is asked for.
+    pub(crate) fn vm_config(&self) -> anyhow::Result<VmConfig> {
+        if self.console != "off" {
+            bail!(
+                "--console: `{}` is not possible, there is only the serial port: use --console off",
+                self.console
+            );
+        }
+        let memory = self
+            .memory
+            .as_deref()
+            .map(MemoryConfig::parse)
+            .transpose()?;
+        let devices = self.user_devices.iter().enumerate();
+        let config = VmConfig {
+            payload: PayloadConfig {
+                kernel: self.kernel.clone(),
+                initramfs: self.initramfs.clone(),
+                cmdline: self.cmdline.clone(),
+            },
+            vcpus: parse_vcpus(&self.cpus)?,
+            memory: memory.unwrap_or_default(),
+            serial: SerialConfig::parse(&self.serial)?,
+            user_devices: devices
+                .map(|(place, text)| UserDeviceConfig::parse(text, place))
+                .collect::<Result<_, _>>()?,
+        };
+        config.validate()?;
+        Ok(config)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(arguments: &[&str]) -> VmConfig {
+        let arguments = ["outrigger", "--kernel", "k"].iter().chain(arguments);
+        Cli::try_parse_from(arguments).unwrap().vm_config().unwrap()
+    }
+
+    #[test]
+    fn repeated_flags_and_several_values_are_the_same() {
+        let repeated = parse(&["--user-device", "socket=/a", "--user-device", "socket=/b"]);
+        let several = parse(&["--user-device", "socket=/a", "socket=/b"]);
+        assert_eq!(repeated, several);
+        assert_eq!(several.user_devices.len(), 2);
+    }
+
+    #[test]
+    fn command_lines_of_cloud_hypervisor_work() {
+        let config = parse(&[
+            "--console",
+            "off",
+            "--serial",
+            "tty",
+            "--cmdline",
+            "console=ttyS0 root=/dev/vda1 rw",
+            "--cpus",
+            "boot=4",
+            "--memory",
+            "size=1024M,shared=on",
+        ]);
+        assert_eq!((config.vcpus, config.memory.size), (4, 1 << 30));
+        assert_eq!(config.serial, SerialConfig::Tty);
+    }
+
+    #[test]
+    fn help_is_consistent() {
+        use clap::CommandFactory as _;
+        Cli::command().debug_assert();
+    }
+}

@@ -1,0 +1,328 @@
+//! What a VM is to be: the values behind the command line, checked as far as they can be without a host.
+
+use std::path::PathBuf;
+
+use crate::options::{OptionError, Options};
+
+/// The least RAM that a VM has: the first MiB and room for a kernel.
+const MIN_MEMORY: u64 = 64 << 20;
+/// The most: what the 52 address bits of x86 leave below the PCI window.
+const MAX_MEMORY: u64 = 1 << 50;
+/// RAM is made of pages of 4 KiB, or of huge ones.
+const PAGE: u64 = 4 << 10;
+const HUGE_PAGE: u64 = 2 << 20;
+/// The most vCPUs: APIC ids up to 254 need no extensions of interrupt messages.
+const MAX_VCPUS: u32 = 254;
+
+/// A value that no VM can have.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum ConfigError {
+    /// A flag that cannot be understood.
+    #[error("{flag}")]
+    Option {
+        /// The flag.
+        flag: &'static str,
+        /// What is wrong with it.
+        source: OptionError,
+    },
+    /// Too little or too much RAM.
+    #[error("--memory: size={0} is not between 64M and 1024T")]
+    MemorySize(u64),
+    /// RAM that is not made of whole pages.
+    #[error("--memory: size={size} is no multiple of {page} bytes, the size of a page")]
+    MemoryPages {
+        /// The size asked for.
+        size: u64,
+        /// The size of a page.
+        page: u64,
+    },
+    /// Too few or too many vCPUs.
+    #[error("--cpus: a VM has between 1 and {MAX_VCPUS} vCPUs, not {0}")]
+    Vcpus(u32),
+    /// Two devices of the same name.
+    #[error("--user-device: two devices have the id `{0}`")]
+    SameId(String),
+    /// More devices than the bus has room for.
+    #[error("--user-device: there is room for 31 devices, not {0}")]
+    TooManyDevices(usize),
+    /// A way to connect the serial port that there is not.
+    #[error("--serial: `{0}` is none of tty, off, file=PATH and socket=PATH")]
+    Serial(String),
+}
+
+/// A VM.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct VmConfig {
+    /// What it boots.
+    pub payload: PayloadConfig,
+    /// How many vCPUs it has.
+    pub vcpus: u32,
+    /// Its RAM.
+    pub memory: MemoryConfig,
+    /// Its serial port.
+    pub serial: SerialConfig,
+    /// Its vfio-user devices, in the order of their places on the bus.
+    pub user_devices: Vec<UserDeviceConfig>,
+}
+
+/// What a VM boots.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PayloadConfig {
+    /// A bzImage, or an ELF file with a PVH note.
+    pub kernel: PathBuf,
+    /// The initramfs.
+    pub initramfs: Option<PathBuf>,
+    /// The kernel's command line.
+    pub cmdline: String,
+}
+
+/// RAM.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct MemoryConfig {
+    /// Its size in bytes.
+    pub size: u64,
+    /// Whether it is made of huge pages of 2 MiB.
+    pub hugepages: bool,
+    /// Whether the host's memory is taken at the start, and not when it is used.
+    pub prefault: bool,
+}
+
+/// The other end of the serial port.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum SerialConfig {
+    /// There is no port.
+    Off,
+    /// The terminal.
+    Tty,
+    /// A file that the guest's output is written to.
+    File(PathBuf),
+    /// A Unix socket that one at a time can connect to.
+    Socket(PathBuf),
+}
+
+/// A vfio-user device.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct UserDeviceConfig {
+    /// The name by which it is spoken of.
+    pub id: String,
+    /// The socket that its server listens on.
+    pub socket: PathBuf,
+}
+
+impl VmConfig {
+    /// Checks what can be checked without a host.
+    pub fn validate(&self) -> Result<(), ConfigError> {
+        self.memory.validate()?;
+        if !(1..=MAX_VCPUS).contains(&self.vcpus) {
+            return Err(ConfigError::Vcpus(self.vcpus));
+        }
+        if self.user_devices.len() > 31 {
+            return Err(ConfigError::TooManyDevices(self.user_devices.len()));
+        }
+        let mut ids: Vec<_> = self.user_devices.iter().map(|device| &device.id).collect();
+        ids.sort();
+        match ids.windows(2).find(|pair| pair.first() == pair.last()) {
+            Some(pair) => Err(ConfigError::SameId(
+                pair.iter().copied().next().cloned().unwrap_or_default(),
+            )),
+            None => Ok(()),
+        }
+    }
+}
+
+impl MemoryConfig {
+    /// Parses `size=512M,hugepages=on,prefault=on`; `shared=on` is always so and may be said.
+    pub fn parse(text: &str) -> Result<Self, ConfigError> {
+        const KEYS: &[&str] = &["size", "hugepages", "prefault", "shared"];
+        let error = |source| ConfigError::Option {
+            flag: "--memory",
+            source,
+        };
+        let mut options = Options::parse(text, KEYS).map_err(error)?;
+        let config = Self {
+            size: options
+                .size("size")
+                .map_err(error)?
+                .unwrap_or(Self::default().size),
+            hugepages: options.switch("hugepages").map_err(error)?,
+            prefault: options.switch("prefault").map_err(error)?,
+        };
+        // Guest RAM is a file that devices share in any case.
+        match options.string("shared").as_deref() {
+            None | Some("on") => Ok(config),
+            Some(value) => Err(error(OptionError::Value {
+                key: "shared",
+                value: value.to_owned(),
+                expected: "guest memory is always shared with the devices",
+            })),
+        }
+    }
+
+    fn validate(&self) -> Result<(), ConfigError> {
+        if !(MIN_MEMORY..=MAX_MEMORY).contains(&self.size) {
+            return Err(ConfigError::MemorySize(self.size));
+        }
+        let page = if self.hugepages { HUGE_PAGE } else { PAGE };
+        if !self.size.is_multiple_of(page) {
+            return Err(ConfigError::MemoryPages {
+                size: self.size,
+                page,
+            });
+        }
+        Ok(())
+    }
+}
+
+impl Default for MemoryConfig {
+    fn default() -> Self {
+        Self {
+            size: 512 << 20,
+            hugepages: false,
+            prefault: false,
+        }
+    }
+}
+
+/// Parses the number of vCPUs: `4` or `boot=4`.
+pub fn parse_vcpus(text: &str) -> Result<u32, ConfigError> {
+    let error = |source| ConfigError::Option {
+        flag: "--cpus",
+        source,
+    };
+    if let Ok(count) = text.parse() {
+        return Ok(count);
+    }
+    let mut options = Options::parse(text, &["boot"]).map_err(error)?;
+    options
+        .number("boot")
+        .map_err(error)?
+        .ok_or_else(|| error(OptionError::Missing("boot")))
+}
+
+impl SerialConfig {
+    /// Parses `tty`, `off`, `file=PATH` or `socket=PATH`.
+    pub fn parse(text: &str) -> Result<Self, ConfigError> {
+        match (text, text.split_once('=')) {
+            ("tty", _) => Ok(Self::Tty),
+            ("off" | "null", _) => Ok(Self::Off),
+            (_, Some(("file", path))) if !path.is_empty() => Ok(Self::File(path.into())),
+            (_, Some(("socket", path))) if !path.is_empty() => Ok(Self::Socket(path.into())),
+            _ => Err(ConfigError::Serial(text.to_owned())),
+        }
+    }
+}
+
+impl UserDeviceConfig {
+    /// Parses `socket=PATH,id=NAME`. A device without a name is called after its place among the others.
+    pub fn parse(text: &str, place: usize) -> Result<Self, ConfigError> {
+        let error = |source| ConfigError::Option {
+            flag: "--user-device",
+            source,
+        };
+        let mut options = Options::parse(text, &["socket", "id"]).map_err(error)?;
+        let socket = options.path("socket").map_err(error)?;
+        Ok(Self {
+            id: options
+                .string("id")
+                .unwrap_or_else(|| format!("user-device{place}")),
+            socket: socket.ok_or_else(|| error(OptionError::Missing("socket")))?,
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn config() -> VmConfig {
+        VmConfig {
+            payload: PayloadConfig {
+                kernel: "vmlinuz".into(),
+                initramfs: None,
+                cmdline: String::new(),
+            },
+            vcpus: 1,
+            memory: MemoryConfig::default(),
+            serial: SerialConfig::Off,
+            user_devices: Vec::new(),
+        }
+    }
+
+    #[test]
+    fn absurd_sizes_are_refused() {
+        let memory = |text: &str| {
+            let memory = MemoryConfig::parse(text).unwrap();
+            VmConfig { memory, ..config() }.validate()
+        };
+        assert_eq!(memory("size=64M"), Ok(()));
+        assert_eq!(memory("size=512G,prefault=on,shared=on"), Ok(()));
+        assert_eq!(memory("size=63M"), Err(ConfigError::MemorySize(63 << 20)));
+        assert_eq!(
+            memory("size=4000000T"),
+            Err(ConfigError::MemorySize(4_000_000 << 40))
+        );
+        assert!(memory("size=67108865").is_err());
+        assert!(memory("size=65M,hugepages=on").is_err());
+        assert_eq!(memory("size=66M,hugepages=on"), Ok(()));
+    }
+
+    #[test]
+    fn memory_is_never_private() {
+        assert!(MemoryConfig::parse("size=1G,shared=off").is_err());
+    }
+
+    #[test]
+    fn vcpus_are_a_number_or_an_option() {
+        assert_eq!(parse_vcpus("4"), Ok(4));
+        assert_eq!(parse_vcpus("boot=4"), Ok(4));
+        assert!(parse_vcpus("max=4").is_err());
+        assert!(parse_vcpus("four").is_err());
+        assert!(parse_vcpus("").is_err());
+        for vcpus in [0, 255] {
+            assert_eq!(
+                VmConfig { vcpus, ..config() }.validate(),
+                Err(ConfigError::Vcpus(vcpus))
+            );
+        }
+    }
+
+    #[test]
+    fn devices_have_names_of_their_own() {
+        let device = |text, place| UserDeviceConfig::parse(text, place).unwrap();
+        let devices = |user_devices| {
+            VmConfig {
+                user_devices,
+                ..config()
+            }
+            .validate()
+        };
+        assert_eq!(device("socket=/a", 1).id, "user-device1");
+        let twice = vec![
+            device("socket=/a,id=d", 0),
+            device("socket=/b", 1),
+            device("socket=/c,id=d", 2),
+        ];
+        assert_eq!(devices(twice), Err(ConfigError::SameId("d".into())));
+        let many = (0..32).map(|place| device("socket=/a", place)).collect();
+        assert_eq!(devices(many), Err(ConfigError::TooManyDevices(32)));
+        assert!(UserDeviceConfig::parse("id=d", 0).is_err());
+        assert!(UserDeviceConfig::parse("socket=", 0).is_err());
+    }
+
+    #[test]
+    fn serial_port_has_four_other_ends() {
+        assert_eq!(SerialConfig::parse("tty"), Ok(SerialConfig::Tty));
+        assert_eq!(SerialConfig::parse("off"), Ok(SerialConfig::Off));
+        assert_eq!(
+            SerialConfig::parse("file=/a=b"),
+            Ok(SerialConfig::File("/a=b".into()))
+        );
+        assert_eq!(
+            SerialConfig::parse("socket=/s"),
+            Ok(SerialConfig::Socket("/s".into()))
+        );
+        for wrong in ["", "pty", "file", "file=", "socket="] {
+            assert!(SerialConfig::parse(wrong).is_err(), "{wrong}");
+        }
+    }
+}

@@ -1,0 +1,148 @@
+//! The main thread's loop: it waits for the end of the run, for signals, for input and for device servers.
+
+use std::io::Read;
+use std::os::fd::AsFd;
+use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+
+use devices::Remote;
+use event_manager::{EventManager, EventOps, Events, MutEventSubscriber, SubscriberOps};
+use libc::{SIGHUP, SIGINT, SIGPWR, SIGTERM};
+use std::os::fd::AsRawFd;
+use vmm_sys_util::epoll::EventSet;
+use vmm_sys_util::eventfd::EventFd;
+
+use crate::ending::{Ending, Endings};
+
+/// Why the loop does not go on.
+#[derive(Debug, thiserror::Error)]
+pub enum LoopError {
+    /// Events cannot be waited for.
+    #[error("cannot wait for events")]
+    Wait(#[source] event_manager::Error),
+    /// Signals cannot be caught.
+    #[error("cannot catch signals")]
+    Signals(#[source] std::io::Error),
+}
+
+/// What the main thread waits for.
+pub(crate) struct EventLoop {
+    manager: EventManager<Box<dyn MutEventSubscriber + Send>>,
+    endings: Arc<Endings>,
+}
+
+impl EventLoop {
+    /// A loop that waits for nothing but the end of the run.
+    pub(crate) fn new(endings: Arc<Endings>) -> Result<Self, LoopError> {
+        let mut manager = EventManager::new_with_capacity(EVENTS).map_err(LoopError::Wait)?;
+        manager.add_subscriber(Box::new(EndOfRun(endings.clone())) as Box<_>);
+        Ok(Self { manager, endings })
+    }
+
+    /// Also waits for what `subscriber` is about.
+    pub(crate) fn add(&mut self, subscriber: Box<dyn MutEventSubscriber + Send>) {
+        self.manager.add_subscriber(subscriber);
+    }
+
+    /// Waits, and serves what comes, until the run ends.
+    pub(crate) fn run(&mut self) -> Result<Ending, LoopError> {
+        loop {
+            if let Some(ending) = self.endings.take() {
+                return Ok(ending);
+            }
+            self.manager.run().map_err(LoopError::Wait)?;
+        }
+    }
+}
+
+/// How many events are taken from the kernel at a time.
+const EVENTS: usize = 16;
+
+/// Wakes the loop when the run has ended.
+struct EndOfRun(Arc<Endings>);
+
+impl MutEventSubscriber for EndOfRun {
+    fn init(&mut self, ops: &mut EventOps<'_>) {
+        watch(ops, self.0.event());
+    }
+
+    fn process(&mut self, _: Events, _: &mut EventOps<'_>) {}
+}
+
+/// Signals: SIGTERM, SIGINT and SIGHUP end the run, SIGPWR presses the power button.
+pub(crate) struct Signals {
+    /// The signal handler writes a byte into the other end for each signal.
+    button: UnixStream,
+    quit: UnixStream,
+    power_button: EventFd,
+    endings: Arc<Endings>,
+}
+
+impl Signals {
+    /// Catches the signals. `power_button` raises the button's interrupt.
+    pub(crate) fn catch(power_button: EventFd, endings: Arc<Endings>) -> Result<Self, LoopError> {
+        let pipe = |signals: &[i32]| {
+            let (end, handler) = UnixStream::pair()?;
+            end.set_nonblocking(true)?;
+            for &signal in signals {
+                signal_hook::low_level::pipe::register(signal, handler.try_clone()?)?;
+            }
+            Ok(end)
+        };
+        let quit = pipe(&[SIGTERM, SIGINT, SIGHUP]).map_err(LoopError::Signals)?;
+        let button = pipe(&[SIGPWR]).map_err(LoopError::Signals)?;
+        Ok(Self {
+            button,
+            quit,
+            power_button,
+            endings,
+        })
+    }
+}
+
+impl MutEventSubscriber for Signals {
+    fn init(&mut self, ops: &mut EventOps<'_>) {
+        watch(ops, &self.button);
+        watch(ops, &self.quit);
+    }
+
+    fn process(&mut self, events: Events, _: &mut EventOps<'_>) {
+        let mut bytes = [0; 16];
+        if events.fd() == self.quit.as_raw_fd() {
+            let _ = self.quit.read(&mut bytes);
+            self.endings.report(Ending::Quit);
+        } else {
+            let _ = self.button.read(&mut bytes);
+            if let Err(error) = self.power_button.write(1) {
+                log::warn!("cannot press the power button: {error}");
+            }
+        }
+    }
+}
+
+/// A device server: what it sends while nobody waits for it, and its end.
+pub(crate) struct Server {
+    pub(crate) id: String,
+    pub(crate) remote: Arc<Remote>,
+}
+
+impl MutEventSubscriber for Server {
+    fn init(&mut self, ops: &mut EventOps<'_>) {
+        watch(ops, &self.remote.as_fd());
+    }
+
+    fn process(&mut self, events: Events, ops: &mut EventOps<'_>) {
+        if let Err(error) = self.remote.serve() {
+            log::error!("{}: {error}; from now on the guest reads all-ones", self.id);
+            if let Err(error) = ops.remove(events) {
+                log::debug!("{}: {error}", self.id);
+            }
+        }
+    }
+}
+
+fn watch(ops: &mut EventOps<'_>, source: &impl AsRawFd) {
+    if let Err(error) = ops.add(Events::new(source, EventSet::IN)) {
+        log::error!("cannot watch a descriptor: {error}");
+    }
+}

@@ -1,0 +1,360 @@
+//! Interrupt routing: the one owner of the VM's GSIs and of the way from events to interrupt controllers.
+//!
+//! GSIs 0 to 23 are the I/O APIC's pins. Each message signalled interrupt in use has one of its own beyond those.
+
+use std::collections::BTreeMap;
+use std::io;
+use std::os::fd::BorrowedFd;
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+
+use devices::{EventVectors, InterruptLine, InterruptSource};
+use kvm_bindings::{
+    KVM_IRQ_ROUTING_IRQCHIP, KVM_IRQ_ROUTING_MSI, KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER,
+    KVM_IRQCHIP_PIC_SLAVE, KvmIrqRouting, kvm_irq_routing_entry, kvm_irq_routing_irqchip,
+    kvm_irq_routing_msi,
+};
+use kvm_ioctls::VmFd;
+use pci::{Cause, InterruptPin, MsiMessage, Vectors};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+
+use crate::kvm_ext;
+use crate::layout::{IO_APIC_PINS, PCI_INTX_GSI};
+
+/// KVM's own limit on routes (`KVM_MAX_IRQ_ROUTES` in linux/kvm_host.h), and so on GSIs.
+const MAX_GSIS: u32 = 4096;
+
+/// Why an interrupt could not be routed.
+#[derive(Debug, thiserror::Error)]
+pub enum InterruptError {
+    /// More message signalled interrupts than KVM has routes.
+    #[error("all of KVM's {MAX_GSIS} interrupt routes are taken")]
+    Exhausted,
+    /// An event could not be made.
+    #[error("cannot make an event (too many open files? see `ulimit -n`)")]
+    Event(#[source] io::Error),
+    /// KVM refused the routing table.
+    #[error("KVM does not take the interrupt routes")]
+    Routes(#[source] kvm_ioctls::Error),
+    /// KVM refused to connect an event.
+    #[error("KVM does not connect an event to GSI {gsi}")]
+    Connect {
+        /// The interrupt.
+        gsi: u32,
+        /// What KVM says.
+        #[source]
+        source: kvm_ioctls::Error,
+    },
+}
+
+/// All interrupt routes of a VM.
+#[derive(Debug, Clone)]
+pub(crate) struct Interrupts {
+    shared: Arc<Shared>,
+}
+
+#[derive(Debug)]
+struct Shared {
+    vm: Arc<VmFd>,
+    /// The message that each GSI in use beyond the I/O APIC's sends; one that is masked keeps its last.
+    messages: Mutex<BTreeMap<u32, MsiMessage>>,
+}
+
+impl Interrupts {
+    /// Routes the I/O APIC's pins of `vm`.
+    pub(crate) fn new(vm: Arc<VmFd>) -> Result<Self, InterruptError> {
+        let interrupts = Self {
+            shared: Arc::new(Shared {
+                vm,
+                messages: Mutex::default(),
+            }),
+        };
+        interrupts.shared.install(&interrupts.shared.messages())?;
+        Ok(interrupts)
+    }
+
+    /// An event that raises the edge-triggered interrupt `gsi` of the I/O APIC.
+    pub(crate) fn edge(&self, gsi: u32) -> Result<EventFd, InterruptError> {
+        let event = event()?;
+        self.shared.connect(&event, gsi)?;
+        Ok(event)
+    }
+
+    /// The interrupts of the function that is device number `device` on the root bus.
+    pub(crate) fn of_device(&self, device: u8) -> DeviceInterrupts {
+        DeviceInterrupts {
+            interrupts: self.clone(),
+            device,
+        }
+    }
+}
+
+impl Shared {
+    fn messages(&self) -> MutexGuard<'_, BTreeMap<u32, MsiMessage>> {
+        self.messages.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Sets all routes: KVM knows no smaller change.
+    fn install(&self, messages: &BTreeMap<u32, MsiMessage>) -> Result<(), InterruptError> {
+        let mut entries: Vec<_> = (0..IO_APIC_PINS).flat_map(pin_routes).collect();
+        entries.extend(
+            messages
+                .iter()
+                .map(|(&gsi, message)| message_route(gsi, *message)),
+        );
+        let routing =
+            KvmIrqRouting::from_entries(&entries).map_err(|_| InterruptError::Exhausted)?;
+        self.vm
+            .set_gsi_routing(&routing)
+            .map_err(InterruptError::Routes)
+    }
+
+    fn connect(&self, event: &EventFd, gsi: u32) -> Result<(), InterruptError> {
+        self.vm
+            .register_irqfd(event, gsi)
+            .map_err(|source| InterruptError::Connect { gsi, source })
+    }
+}
+
+/// A pin of the I/O APIC; the first sixteen are the 8259s' too, though no guest of ours uses them.
+fn pin_routes(pin: u32) -> impl Iterator<Item = kvm_irq_routing_entry> {
+    let pic = match pin {
+        0..8 => Some((KVM_IRQCHIP_PIC_MASTER, pin)),
+        8..16 => Some((KVM_IRQCHIP_PIC_SLAVE, pin - 8)),
+        _ => None,
+    };
+    pic.into_iter()
+        .chain([(KVM_IRQCHIP_IOAPIC, pin)])
+        .map(move |(irqchip, pin_of_chip)| {
+            let mut entry = kvm_irq_routing_entry {
+                gsi: pin,
+                type_: KVM_IRQ_ROUTING_IRQCHIP,
+                ..Default::default()
+            };
+            entry.u.irqchip = kvm_irq_routing_irqchip {
+                irqchip,
+                pin: pin_of_chip,
+            };
+            entry
+        })
+}
+
+fn message_route(gsi: u32, message: MsiMessage) -> kvm_irq_routing_entry {
+    let [address_lo, address_hi] = halves(message.address);
+    let mut entry = kvm_irq_routing_entry {
+        gsi,
+        type_: KVM_IRQ_ROUTING_MSI,
+        ..Default::default()
+    };
+    entry.u.msi = kvm_irq_routing_msi {
+        address_lo,
+        address_hi,
+        data: message.data,
+        ..Default::default()
+    };
+    entry
+}
+
+#[expect(clippy::cast_possible_truncation, reason = "it takes the number apart")]
+fn halves(value: u64) -> [u32; 2] {
+    [value as u32, (value >> 32) as u32]
+}
+
+fn event() -> Result<EventFd, InterruptError> {
+    EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK).map_err(InterruptError::Event)
+}
+
+/// The interrupts of one function.
+#[derive(Debug)]
+pub(crate) struct DeviceInterrupts {
+    interrupts: Interrupts,
+    device: u8,
+}
+
+impl InterruptSource for DeviceInterrupts {
+    fn vectors(&self, count: u16) -> Result<Box<dyn EventVectors>, Cause> {
+        let vectors = (0..count).map(|_| OnceLock::new()).collect();
+        Ok(Box::new(VectorGroup {
+            shared: self.interrupts.shared.clone(),
+            vectors,
+        }))
+    }
+
+    fn line(&self, pin: InterruptPin) -> Result<Box<dyn InterruptLine>, Cause> {
+        let shared = self.interrupts.shared.clone();
+        let gsi = PCI_INTX_GSI + u32::from(pin.line(self.device));
+        let line = Line {
+            shared,
+            gsi,
+            trigger: event()?,
+            resample: event()?,
+        };
+        line.shared
+            .vm
+            .register_irqfd_with_resample(&line.trigger, &line.resample, gsi)
+            .map_err(|source| InterruptError::Connect { gsi, source })?;
+        Ok(Box::new(line))
+    }
+}
+
+/// The vectors of one MSI or MSI-X capability. A vector gets its event and its GSI when it is first used, so that
+/// those a driver leaves alone cost nothing.
+#[derive(Debug)]
+struct VectorGroup {
+    shared: Arc<Shared>,
+    vectors: Box<[OnceLock<Vector>]>,
+}
+
+#[derive(Debug)]
+struct Vector {
+    event: EventFd,
+    route: Mutex<Route>,
+}
+
+/// Where a vector's event leads.
+#[derive(Debug, Default)]
+struct Route {
+    gsi: Option<u32>,
+    connected: bool,
+}
+
+impl VectorGroup {
+    /// The vector, made if this is the first it is heard of.
+    fn vector(&self, vector: u16) -> Result<&Vector, InterruptError> {
+        let cell = self
+            .vectors
+            .get(usize::from(vector))
+            .ok_or(InterruptError::Exhausted)?;
+        if let Some(vector) = cell.get() {
+            return Ok(vector);
+        }
+        let new = Vector {
+            event: event()?,
+            route: Mutex::default(),
+        };
+        Ok(cell.get_or_init(|| new))
+    }
+
+    fn known(&self, vector: u16) -> Option<&Vector> {
+        self.vectors.get(usize::from(vector))?.get()
+    }
+}
+
+impl Vectors for VectorGroup {
+    fn program(&self, changes: &[(u16, Option<MsiMessage>)]) -> Result<(), Cause> {
+        let mut messages = self.shared.messages();
+        let mut rerouted = false;
+        for &(vector, message) in changes {
+            if let Some(message) = message {
+                let gsi = self.vector(vector)?.gsi(&messages)?;
+                rerouted |= messages.insert(gsi, message) != Some(message);
+            }
+        }
+        if rerouted {
+            self.shared.install(&messages)?;
+        }
+        for &(vector, message) in changes {
+            if let Some(vector) = self.known(vector) {
+                vector.connect(&self.shared, message.is_some())?;
+            }
+        }
+        Ok(())
+    }
+
+    fn pending(&self, vector: u16) -> bool {
+        self.known(vector).is_some_and(Vector::signalled)
+    }
+}
+
+impl EventVectors for VectorGroup {
+    fn event(&self, vector: u16) -> Result<BorrowedFd<'_>, Cause> {
+        Ok(kvm_ext::borrow(&self.vector(vector)?.event))
+    }
+}
+
+impl Drop for VectorGroup {
+    fn drop(&mut self) {
+        for vector in self.vectors.iter().filter_map(OnceLock::get) {
+            if let Err(error) = vector.connect(&self.shared, false) {
+                log::warn!("{error}");
+            }
+            if let Some(gsi) = vector.route().gsi {
+                self.shared.messages().remove(&gsi);
+            }
+        }
+    }
+}
+
+impl Vector {
+    fn route(&self) -> MutexGuard<'_, Route> {
+        self.route.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The vector's GSI, one that has no message yet if it had none.
+    fn gsi(&self, messages: &BTreeMap<u32, MsiMessage>) -> Result<u32, InterruptError> {
+        let mut route = self.route();
+        if let Some(gsi) = route.gsi {
+            return Ok(gsi);
+        }
+        let gsi = (IO_APIC_PINS..MAX_GSIS)
+            .find(|gsi| !messages.contains_key(gsi))
+            .ok_or(InterruptError::Exhausted)?;
+        Ok(*route.gsi.insert(gsi))
+    }
+
+    /// Connects the event to its GSI, or takes it off, if it is not so already: both are slow.
+    fn connect(&self, shared: &Shared, connect: bool) -> Result<(), InterruptError> {
+        let mut route = self.route();
+        let Some(gsi) = route.gsi.filter(|_| route.connected != connect) else {
+            return Ok(());
+        };
+        if connect {
+            // KVM injects a signal that it finds on connecting, but leaves it there, and would inject it again after
+            // the next mask and unmask. So it is taken out first and given back afterwards.
+            let signalled = self.event.read().is_ok();
+            shared.connect(&self.event, gsi)?;
+            if signalled {
+                self.event.write(1).map_err(InterruptError::Event)?;
+            }
+        } else {
+            shared
+                .vm
+                .unregister_irqfd(&self.event, gsi)
+                .map_err(|source| InterruptError::Connect { gsi, source })?;
+        }
+        route.connected = connect;
+        Ok(())
+    }
+
+    fn signalled(&self) -> bool {
+        let event = kvm_ext::borrow(&self.event);
+        let mut fds = [PollFd::from_borrowed_fd(event, PollFlags::IN)];
+        poll(&mut fds, Some(&Timespec::default())).is_ok_and(|ready| ready > 0)
+    }
+}
+
+/// An interrupt pin of a function, connected to the I/O APIC.
+#[derive(Debug)]
+struct Line {
+    shared: Arc<Shared>,
+    gsi: u32,
+    trigger: EventFd,
+    resample: EventFd,
+}
+
+impl InterruptLine for Line {
+    fn trigger(&self) -> BorrowedFd<'_> {
+        kvm_ext::borrow(&self.trigger)
+    }
+
+    fn resample(&self) -> BorrowedFd<'_> {
+        kvm_ext::borrow(&self.resample)
+    }
+}
+
+impl Drop for Line {
+    fn drop(&mut self) {
+        // The line goes down with its last event. A line that never came to be connected cannot be disconnected.
+        let _ = self.shared.vm.unregister_irqfd(&self.trigger, self.gsi);
+    }
+}

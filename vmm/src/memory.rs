@@ -1,0 +1,216 @@
+//! Guest RAM: a sealed memfd for each of its one or two regions, shared with the devices.
+//!
+//! A region is mapped once and never split, punched or mapped again while the VM lives, so that a device may hold it
+//! for as long as it likes, and it is one memory slot, so that devices' views and the guest's are laid out alike.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::AsFd;
+use std::sync::Arc;
+
+use devices::{DmaTarget, Mapping};
+use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, ftruncate, memfd_create};
+use vfio_user_client::{DmaError, GuestDma};
+use vm_memory::mmap::MmapRegionBuilder;
+use vm_memory::{
+    Bytes, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion,
+    GuestRegionMmap, MmapRegion,
+};
+
+use crate::config::MemoryConfig;
+use crate::layout;
+use crate::slots::{Slot, SlotError, Slots};
+
+/// Why guest RAM could not be made.
+#[derive(Debug, thiserror::Error)]
+pub enum MemoryError {
+    /// The memfd could not be created, sized or sealed.
+    #[error("--memory: cannot make {size} bytes of guest RAM{}", hugepage_hint(*hugepages))]
+    File {
+        /// Its size in bytes.
+        size: u64,
+        /// Whether huge pages were asked for.
+        hugepages: bool,
+        /// What the kernel says.
+        #[source]
+        source: io::Error,
+    },
+    /// The memfd could not be mapped.
+    #[error("--memory: cannot map {size} bytes of guest RAM{}", hugepage_hint(*hugepages))]
+    Map {
+        /// Its size in bytes.
+        size: u64,
+        /// Whether huge pages were asked for.
+        hugepages: bool,
+        /// What the kernel says.
+        #[source]
+        source: vm_memory::mmap::MmapRegionError,
+    },
+    /// The regions do not fit together; the layout is wrong.
+    #[error("--memory: the regions of guest RAM overlap")]
+    Layout,
+    /// KVM refused the memory slot.
+    #[error("--memory: KVM does not take guest RAM")]
+    Slot(#[source] SlotError),
+}
+
+fn hugepage_hint(hugepages: bool) -> &'static str {
+    if hugepages {
+        " in huge pages of 2 MiB (are there enough? set /proc/sys/vm/nr_hugepages, or leave hugepages=on out)"
+    } else {
+        ""
+    }
+}
+
+/// Guest RAM.
+#[derive(Debug)]
+pub(crate) struct Memory {
+    _slots: Vec<Slot>,
+    ram: GuestMemoryMmap,
+}
+
+impl Memory {
+    /// Makes the RAM that `config` asks for, and has KVM map it.
+    pub(crate) fn new(config: &MemoryConfig, slots: &Slots) -> Result<Self, MemoryError> {
+        let regions = ranges(config.size)
+            .map(|(start, size)| Ok(Arc::new(region(start, size, config)?)))
+            .collect::<Result<Vec<_>, _>>()?;
+        let slots = regions
+            .iter()
+            .map(|region| slots.add(region.start_addr().0, region.clone(), false))
+            .collect::<Result<_, _>>()
+            .map_err(MemoryError::Slot)?;
+        let ram = GuestMemoryMmap::from_arc_regions(regions).map_err(|_| MemoryError::Layout)?;
+        Ok(Self { _slots: slots, ram })
+    }
+
+    /// The RAM itself.
+    pub(crate) fn ram(&self) -> &GuestMemoryMmap {
+        &self.ram
+    }
+
+    /// The RAM for devices that reach it by messages.
+    pub(crate) fn for_messages(&self) -> Arc<dyn GuestDma> {
+        Arc::new(MessageDma(self.ram.clone()))
+    }
+
+    /// Has `target` map all of guest RAM.
+    pub(crate) fn attach(&self, target: &dyn DmaTarget) -> Result<(), devices::BackendError> {
+        for region in self.ram.iter() {
+            if let Some(file) = region.file_offset() {
+                target.map(&Mapping {
+                    iova: region.start_addr().0,
+                    size: region.len(),
+                    address: region.as_ptr().cast_const(),
+                    file: (file.file().as_fd(), file.start()),
+                })?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Guest RAM as a device reaches it that does not map it.
+#[derive(Debug)]
+struct MessageDma(GuestMemoryMmap);
+
+impl GuestDma for MessageDma {
+    fn read(&self, address: u64, data: &mut [u8]) -> Result<(), DmaError> {
+        self.0
+            .read_slice(data, GuestAddress(address))
+            .map_err(|_| DmaError)
+    }
+
+    fn write(&self, address: u64, data: &[u8]) -> Result<(), DmaError> {
+        // Not partly: the whole range is looked up first.
+        let fits = self.0.check_range(GuestAddress(address), data.len());
+        if !fits {
+            return Err(DmaError);
+        }
+        self.0
+            .write_slice(data, GuestAddress(address))
+            .map_err(|_| DmaError)
+    }
+}
+
+/// The start and size of each region of RAM of `size` bytes.
+pub(crate) fn ranges(size: u64) -> impl Iterator<Item = (u64, u64)> {
+    let low = size.min(layout::LOW_RAM_END);
+    let high = size - low;
+    [(0, low), (layout::HIGH_RAM_START, high)]
+        .into_iter()
+        .filter(|&(_, size)| size > 0)
+}
+
+/// The first address beyond RAM of `size` bytes.
+pub(crate) fn end(size: u64) -> u64 {
+    ranges(size)
+        .map(|(start, size)| start + size)
+        .max()
+        .unwrap_or(0)
+}
+
+fn region(start: u64, size: u64, config: &MemoryConfig) -> Result<GuestRegionMmap, MemoryError> {
+    let hugepages = config.hugepages;
+    let file = sealed_memfd(size, hugepages).map_err(|source| MemoryError::File {
+        size,
+        hugepages,
+        source,
+    })?;
+    let mut flags = libc::MAP_SHARED;
+    if config.prefault || hugepages {
+        // Huge pages that are missing shall fail here, not kill the VM when the guest touches them.
+        flags |= libc::MAP_POPULATE;
+    } else {
+        flags |= libc::MAP_NORESERVE;
+    }
+    let length = usize::try_from(size).map_err(|_| MemoryError::Layout)?;
+    let mapping: MmapRegion = MmapRegionBuilder::new(length)
+        .with_file_offset(FileOffset::new(file, 0))
+        .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
+        .with_mmap_flags(flags)
+        .build()
+        .map_err(|source| MemoryError::Map {
+            size,
+            hugepages,
+            source,
+        })?;
+    GuestRegionMmap::new(mapping, GuestAddress(start)).ok_or(MemoryError::Layout)
+}
+
+/// A memfd that whoever receives it can neither grow, nor shrink, nor seal further: a device could otherwise take it
+/// from under the guest, or forbid the VMM to write to it.
+fn sealed_memfd(size: u64, hugepages: bool) -> io::Result<File> {
+    let mut flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
+    if hugepages {
+        flags |= MemfdFlags::HUGETLB | MemfdFlags::HUGE_2MB;
+    }
+    let file = memfd_create("guest-ram", flags)?;
+    ftruncate(&file, size)?;
+    fcntl_add_seals(&file, SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL)?;
+    Ok(file.into())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ram_leaves_the_hole_free() {
+        let split = |size| ranges(size).collect::<Vec<_>>();
+        assert_eq!(split(64 << 20), [(0, 64 << 20)]);
+        assert_eq!(split(3 << 30), [(0, 3 << 30)]);
+        assert_eq!(split(4 << 30), [(0, 3 << 30), (4 << 30, 1 << 30)]);
+        assert_eq!(end(4 << 30), 5 << 30);
+        assert_eq!(end(512 << 20), 512 << 20);
+    }
+
+    #[test]
+    fn memfd_is_sealed() {
+        let file = sealed_memfd(1 << 20, false).unwrap();
+        assert!(file.set_len(0).is_err());
+        assert!(file.set_len(2 << 20).is_err());
+        assert!(fcntl_add_seals(&file, SealFlags::FUTURE_WRITE).is_err());
+        assert_eq!(file.metadata().unwrap().len(), 1 << 20);
+    }
+}

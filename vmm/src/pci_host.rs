@@ -1,0 +1,170 @@
+//! The PCI host bridge: configuration space on both buses, and the devices behind it.
+
+use std::path::PathBuf;
+use std::sync::{Arc, Weak};
+
+use devices::{BusDevice, Passthrough, Probe, Remote};
+use pci::{BarAllocator, Bdf, Cause, ConfigPorts, Ecam, Endpoint, HostBridge, Segment};
+
+use crate::bars::{Bars, Space};
+use crate::config::UserDeviceConfig;
+use crate::interrupts::Interrupts;
+use crate::layout;
+use crate::memory::Memory;
+
+/// Why a device is not on the bus, or does not come back from a reset.
+#[derive(Debug, thiserror::Error)]
+pub enum DeviceError {
+    /// The bus itself cannot be set up.
+    #[error("cannot set up the PCI bus")]
+    Bus(#[source] Cause),
+    /// A device cannot be attached.
+    #[error("--user-device socket={}: cannot attach {id} (start its server first, and use it for one VM only)", socket.display())]
+    Attach {
+        /// The device.
+        id: String,
+        /// Its server's socket.
+        socket: PathBuf,
+        /// What went wrong.
+        #[source]
+        source: Cause,
+    },
+    /// A device cannot be reset.
+    #[error("cannot reset the PCI function {bdf}")]
+    Reset {
+        /// Its address.
+        bdf: Bdf,
+        /// What went wrong.
+        #[source]
+        source: Cause,
+    },
+}
+
+/// The PCI bus and what is on it.
+#[derive(Debug)]
+pub(crate) struct PciHost {
+    segment: Arc<Segment>,
+    space: Arc<Space>,
+    interrupts: Interrupts,
+    allocator: BarAllocator,
+}
+
+impl PciHost {
+    /// A bus with nothing on it but the host bridge.
+    pub(crate) fn new(space: Space, interrupts: Interrupts) -> Result<Self, DeviceError> {
+        Self::try_new(space, interrupts).map_err(DeviceError::Bus)
+    }
+
+    fn try_new(space: Space, interrupts: Interrupts) -> Result<Self, Cause> {
+        let segment = Arc::new(Segment::new());
+        segment.insert(Bdf::from_bits(0), Arc::new(HostBridge::new()))?;
+        let ecam = EcamDevice(Ecam::new(segment.clone(), layout::LAST_BUS));
+        space.memory.insert(layout::ECAM, Arc::new(ecam))?;
+        let ports = ConfigPortsDevice(ConfigPorts::new(segment.clone()));
+        space
+            .ports
+            .insert(layout::PCI_CONFIG_PORTS, Arc::new(ports))?;
+        let allocator = BarAllocator::new(&space.windows)?;
+        Ok(Self {
+            segment,
+            space: Arc::new(space),
+            interrupts,
+            allocator,
+        })
+    }
+
+    /// Connects to a vfio-user server, and puts its device in the next free place.
+    pub(crate) fn attach(
+        &mut self,
+        config: &UserDeviceConfig,
+        memory: &Memory,
+    ) -> Result<Arc<Remote>, DeviceError> {
+        self.try_attach(config, memory)
+            .map_err(|source| DeviceError::Attach {
+                id: config.id.clone(),
+                socket: config.socket.clone(),
+                source,
+            })
+    }
+
+    fn try_attach(
+        &mut self,
+        config: &UserDeviceConfig,
+        memory: &Memory,
+    ) -> Result<Arc<Remote>, Cause> {
+        let device = self.segment.free_device(0).ok_or("the bus is full")?;
+        let bdf = Bdf::new(0, device, 0).ok_or("the bus is full")?;
+        let remote = Arc::new(Remote::connect(&config.socket, memory.for_messages())?);
+        memory.attach(remote.as_ref())?;
+
+        let mut probe = Probe::new(remote.clone())?;
+        let mut registers = probe.bars().clone();
+        self.allocator.assign(&mut registers)?;
+        probe.set_bars(registers);
+        let bars = Bars::new(self.space.clone(), probe.layouts())?;
+        let interrupts = Box::new(self.interrupts.of_device(device));
+        let endpoint = Arc::new_cyclic(|endpoint: &Weak<Passthrough>| {
+            let mapper = Box::new(bars.serve_by(endpoint.clone()));
+            Passthrough::new(&config.id, probe, mapper, interrupts)
+        });
+        // The device may have served another VM before; and this connects its interrupt pin.
+        endpoint.reset()?;
+        self.segment.insert(bdf, endpoint)?;
+        log::info!(
+            "{} is {bdf}, served on {}",
+            config.id,
+            config.socket.display()
+        );
+        Ok(remote)
+    }
+
+    /// Resets every function. No vCPU runs.
+    pub(crate) fn reset(&self) -> Result<(), DeviceError> {
+        for (bdf, endpoint) in self.segment.endpoints() {
+            endpoint
+                .reset()
+                .map_err(|source| DeviceError::Reset { bdf, source })?;
+        }
+        Ok(())
+    }
+}
+
+impl Drop for PciHost {
+    /// The endpoints hold the buses, which hold configuration space, which holds the endpoints.
+    fn drop(&mut self) {
+        for (bdf, _) in self.segment.endpoints() {
+            self.segment.remove(bdf);
+        }
+    }
+}
+
+#[derive(Debug)]
+struct EcamDevice(Ecam);
+
+impl BusDevice for EcamDevice {
+    fn read(&self, offset: u64, data: &mut [u8]) {
+        self.0.read(offset, data);
+    }
+
+    fn write(&self, offset: u64, data: &[u8]) {
+        self.0.write(offset, data);
+    }
+}
+
+#[derive(Debug)]
+struct ConfigPortsDevice(ConfigPorts);
+
+impl BusDevice for ConfigPortsDevice {
+    fn read(&self, offset: u64, data: &mut [u8]) {
+        match u8::try_from(offset) {
+            Ok(offset) => self.0.read(offset, data),
+            Err(_) => data.fill(0xff),
+        }
+    }
+
+    fn write(&self, offset: u64, data: &[u8]) {
+        if let Ok(offset) = u8::try_from(offset) {
+            self.0.write(offset, data);
+        }
+    }
+}

@@ -1,0 +1,275 @@
+//! A virtual CPU: what it does when it leaves the guest.
+#![expect(
+    unsafe_code,
+    reason = "kvm_run is a union, and its I/O data lies beside it"
+)]
+
+mod power_on;
+mod thread;
+
+use std::sync::Arc;
+
+use kvm_bindings::{
+    KVM_EXIT_FAIL_ENTRY, KVM_EXIT_INTERNAL_ERROR, KVM_EXIT_IO, KVM_EXIT_IO_IN, KVM_EXIT_MMIO,
+    KVM_EXIT_SHUTDOWN, KVM_INTERNAL_ERROR_EMULATION,
+    KVM_INTERNAL_ERROR_EMULATION_FLAG_INSTRUCTION_BYTES, kvm_run,
+};
+use kvm_ioctls::{Kvm, VcpuFd, VmFd};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+
+pub(crate) use self::power_on::MsrIndices;
+use self::power_on::PowerOnState;
+pub(crate) use self::thread::{VcpuThread, catch_kicks};
+use crate::boot::BootState;
+use crate::bus::Bus;
+use crate::cpuid::CommonCpuid;
+use crate::ending::{Ending, Endings};
+
+/// Why a vCPU could not be made.
+#[derive(Debug, thiserror::Error)]
+pub enum VcpuError {
+    /// KVM refused a step.
+    #[error("KVM does not {step} of vCPU {vcpu}")]
+    Step {
+        /// What was tried.
+        step: &'static str,
+        /// The vCPU.
+        vcpu: u32,
+        /// What KVM says.
+        #[source]
+        source: kvm_ioctls::Error,
+    },
+    /// There are more CPUID entries than KVM takes.
+    #[error("KVM does not take that many CPUID entries")]
+    Cpuid,
+    /// The thread did not start.
+    #[error("cannot start the thread of vCPU {vcpu}")]
+    Thread {
+        /// The vCPU.
+        vcpu: u32,
+        /// What the kernel says.
+        #[source]
+        source: std::io::Error,
+    },
+}
+
+/// What all vCPUs of a VM have in common.
+#[derive(Debug)]
+pub(crate) struct VcpuContext {
+    pub(crate) memory: Arc<Bus>,
+    pub(crate) ports: Arc<Bus>,
+    pub(crate) ram: GuestMemoryMmap,
+    pub(crate) endings: Arc<Endings>,
+}
+
+/// A virtual CPU that is not running.
+#[derive(Debug)]
+pub(crate) struct Vcpu {
+    id: u32,
+    fd: VcpuFd,
+    context: Arc<VcpuContext>,
+    power_on: PowerOnState,
+}
+
+/// Whether the guest goes on.
+#[derive(Debug, PartialEq, Eq)]
+enum Next {
+    Run,
+    Halt,
+}
+
+impl Vcpu {
+    /// Makes the vCPU with this number and APIC id.
+    pub(crate) fn new(
+        kvm: &Kvm,
+        vm: &VmFd,
+        id: u32,
+        cpuid: &CommonCpuid,
+        msrs: &MsrIndices,
+        context: Arc<VcpuContext>,
+    ) -> Result<Self, VcpuError> {
+        let step = |step| {
+            move |source| VcpuError::Step {
+                step,
+                vcpu: id,
+                source,
+            }
+        };
+        let fd = vm.create_vcpu(id.into()).map_err(step("create"))?;
+        let cpuid = cpuid.of_vcpu(id).map_err(|_| VcpuError::Cpuid)?;
+        fd.set_cpuid2(&cpuid).map_err(step("take the CPUID"))?;
+        let power_on = PowerOnState::save(kvm, &fd, msrs).map_err(step("tell the state"))?;
+        Ok(Self {
+            id,
+            fd,
+            context,
+            power_on,
+        })
+    }
+
+    /// Puts the vCPU back into its state at power-on.
+    pub(crate) fn reset(&mut self) -> Result<(), VcpuError> {
+        let vcpu = self.id;
+        self.power_on
+            .restore(&self.fd)
+            .map_err(|source| VcpuError::Step {
+                step: "take the state",
+                vcpu,
+                source,
+            })
+    }
+
+    /// Sets the registers that the boot protocol wants. Only the first vCPU boots; it starts the others.
+    pub(crate) fn boot(&mut self, state: &BootState) -> Result<(), VcpuError> {
+        let vcpu = self.id;
+        state
+            .apply(&self.fd, self.id == 0)
+            .map_err(|source| VcpuError::Step {
+                step: "take the boot state",
+                vcpu,
+                source,
+            })
+    }
+
+    /// Runs the guest until it leaves it for the VMM, and serves what it left for.
+    fn run_once(&mut self) -> Next {
+        // The exit is not taken from what `run` returns, which hides how wide the accesses of string I/O are.
+        let result = self.fd.run().map(drop);
+        match result {
+            Ok(()) => self.serve_exit(),
+            Err(error) if matches!(error.errno(), libc::EINTR | libc::EAGAIN) => Next::Run,
+            Err(error) => self.fail(format!("KVM_RUN failed: {error}")),
+        }
+    }
+
+    /// Completes an access that the guest has left off in the middle of, so that its effect is in the vCPU's state.
+    fn commit(&mut self) -> Next {
+        loop {
+            self.fd.set_kvm_immediate_exit(1);
+            let result = self.fd.run().map(drop);
+            match result {
+                // An access that is wider than an exit, or a repeated one, goes on with its next part.
+                Ok(()) => {
+                    if self.serve_exit() == Next::Halt {
+                        return Next::Halt;
+                    }
+                }
+                Err(error) if error.errno() == libc::EINTR => return Next::Run,
+                Err(error) if error.errno() == libc::EAGAIN => {}
+                Err(error) => return self.fail(format!("KVM_RUN failed: {error}")),
+            }
+        }
+    }
+
+    fn serve_exit(&mut self) -> Next {
+        let reason = self.fd.get_kvm_run().exit_reason;
+        match reason {
+            KVM_EXIT_IO => self.serve_io(),
+            KVM_EXIT_MMIO => self.serve_mmio(),
+            KVM_EXIT_SHUTDOWN => {
+                self.context
+                    .endings
+                    .report(Ending::TripleFault { vcpu: self.id });
+                Next::Halt
+            }
+            KVM_EXIT_INTERNAL_ERROR => {
+                let what = self.describe_internal_error();
+                self.fail(what)
+            }
+            KVM_EXIT_FAIL_ENTRY => {
+                // SAFETY: the exit reason says that this is the union's field.
+                let entry = unsafe { self.fd.get_kvm_run().__bindgen_anon_1.fail_entry };
+                let code = entry.hardware_entry_failure_reason;
+                self.fail(format!(
+                    "the CPU refused to enter the guest, reason {code:#x}"
+                ))
+            }
+            other => self.fail(format!("KVM_RUN returned for an unknown reason ({other})")),
+        }
+    }
+
+    fn serve_mmio(&mut self) -> Next {
+        // SAFETY: the exit reason says that this is the union's field.
+        let mmio = unsafe { &mut self.fd.get_kvm_run().__bindgen_anon_1.mmio };
+        let length = (mmio.len as usize).min(mmio.data.len());
+        if let Some(data) = mmio.data.get_mut(..length) {
+            if mmio.is_write != 0 {
+                self.context.memory.write(mmio.phys_addr, data);
+            } else {
+                self.context.memory.read(mmio.phys_addr, data);
+            }
+        }
+        Next::Run
+    }
+
+    fn serve_io(&mut self) -> Next {
+        let run: *mut kvm_run = self.fd.get_kvm_run();
+        // SAFETY: `run` was a reference a line ago, and the exit reason says that this is the union's field.
+        let io = unsafe { (*run).__bindgen_anon_1.io };
+        let length = usize::from(io.size) * io.count as usize;
+        let offset = usize::try_from(io.data_offset).unwrap_or(usize::MAX);
+        // SAFETY: KVM says that `length` bytes of data lie at this offset within the vCPU's mapping, which is longer
+        // than the structure at its start.
+        let data = unsafe { run.cast::<u8>().add(offset) };
+        // SAFETY: as above; nobody else looks at them while the guest does not run, and `self.fd`, which owns the
+        // mapping, is borrowed by `self` until the end of this function.
+        let data = unsafe { std::slice::from_raw_parts_mut(data, length) };
+        let port = u64::from(io.port);
+        for access in data.chunks_mut(usize::from(io.size).max(1)) {
+            if u32::from(io.direction) == KVM_EXIT_IO_IN {
+                self.context.ports.read(port, access);
+            } else {
+                self.context.ports.write(port, access);
+            }
+        }
+        Next::Run
+    }
+
+    fn fail(&self, what: String) -> Next {
+        self.context.endings.report(Ending::KvmError {
+            vcpu: self.id,
+            what,
+        });
+        Next::Halt
+    }
+
+    /// What KVM says of an error of its own, with the instruction if it could not emulate it.
+    fn describe_internal_error(&mut self) -> String {
+        /// `insn_size` and `insn_bytes` of `struct kvm_run.emulation_failure` (linux/kvm.h), behind its flags.
+        const INSTRUCTION_MAX: usize = 15;
+        // SAFETY: the exit reason says that this is the union's field.
+        let error = unsafe { self.fd.get_kvm_run().__bindgen_anon_1.internal };
+        if error.suberror != KVM_INTERNAL_ERROR_EMULATION {
+            return format!("internal error {} of KVM", error.suberror);
+        }
+        // SAFETY: the suberror says that this is the union's field.
+        let failure = unsafe { self.fd.get_kvm_run().__bindgen_anon_1.emulation_failure };
+        let told = failure.ndata >= 1
+            && failure.flags & u64::from(KVM_INTERNAL_ERROR_EMULATION_FLAG_INSTRUCTION_BYTES) != 0;
+        // SAFETY: the flag says that this is the union's field.
+        let bytes = unsafe { failure.__bindgen_anon_1.__bindgen_anon_1 };
+        let length = usize::from(bytes.insn_size).min(INSTRUCTION_MAX);
+        let rip = self.fd.get_regs().map_or(0, |regs| regs.rip);
+        let instruction = match bytes.insn_bytes.get(..length) {
+            Some(bytes) if told && length > 0 => bytes.to_vec(),
+            _ => self.fetch(rip, INSTRUCTION_MAX),
+        };
+        let hex = |byte: &u8| format!(" {byte:02x}");
+        let instruction: String = instruction.iter().map(hex).collect();
+        format!("it cannot emulate the instruction at {rip:#x}:{instruction}")
+    }
+
+    /// The bytes at an address as the guest sees it, as far as they can be had.
+    fn fetch(&self, address: u64, length: usize) -> Vec<u8> {
+        let byte = |address| {
+            let translation = self.fd.translate_gva(address).ok()?;
+            let valid = translation.valid != 0;
+            let byte = self
+                .context
+                .ram
+                .read_obj(GuestAddress(translation.physical_address));
+            byte.ok().filter(|_| valid)
+        };
+        (address..).take(length).map_while(byte).collect()
+    }
+}

@@ -1,0 +1,239 @@
+//! A virtual machine: all parts, put together, run and reset.
+
+use std::sync::Arc;
+
+use crate::acpi::{self, AcpiError};
+use crate::bars::Space;
+use crate::boot::{BootError, Payload};
+use crate::bus::Bus;
+use crate::config::{ConfigError, VmConfig};
+use crate::console::{Console, ConsoleError};
+use crate::cpuid::CommonCpuid;
+use crate::ending::{Ending, Endings};
+use crate::event_loop::{EventLoop, LoopError, Server, Signals};
+use crate::interrupts::{InterruptError, Interrupts};
+use crate::kvm::{self, KvmError};
+use crate::layout;
+use crate::memory::{self, Memory, MemoryError};
+use crate::pci_host::{DeviceError, PciHost};
+use crate::platform::Platform;
+use crate::slots::{SlotError, Slots};
+use crate::vcpu::{self, MsrIndices, Vcpu, VcpuContext, VcpuError};
+use crate::vcpus::Vcpus;
+
+/// Why a VM cannot be made, or cannot go on.
+#[derive(Debug, thiserror::Error)]
+pub enum VmError {
+    /// The configuration makes no sense.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    /// What is to be booted cannot be.
+    #[error(transparent)]
+    Boot(#[from] BootError),
+    /// KVM will not do.
+    #[error(transparent)]
+    Kvm(#[from] KvmError),
+    /// There is no RAM for the guest.
+    #[error(transparent)]
+    Memory(#[from] MemoryError),
+    /// The host's CPU cannot address all that the VM has.
+    #[error(
+        "--memory: RAM and the PCI window beyond it need {needed} address bits, and this host's CPU has {available}; \\
+         give the VM less"
+    )]
+    AddressBits {
+        /// What the VM needs.
+        needed: u32,
+        /// What KVM offers.
+        available: u32,
+    },
+    /// KVM has no room for the VM's memory.
+    #[error("cannot set up KVM's memory slots")]
+    Slots(#[from] SlotError),
+    /// The interrupts cannot be set up.
+    #[error("cannot set up the interrupts")]
+    Interrupts(#[from] InterruptError),
+    /// A vCPU cannot be made.
+    #[error(transparent)]
+    Vcpu(#[from] VcpuError),
+    /// A device cannot be attached or reset.
+    #[error(transparent)]
+    Device(#[from] DeviceError),
+    /// The serial port cannot be connected.
+    #[error(transparent)]
+    Console(#[from] ConsoleError),
+    /// The ACPI tables cannot be written.
+    #[error(transparent)]
+    Acpi(#[from] AcpiError),
+    /// The event loop failed.
+    #[error(transparent)]
+    Loop(#[from] LoopError),
+    /// The platform devices overlap; the layout is wrong.
+    #[error("cannot put a platform device on the bus")]
+    Platform(#[source] pci::Cause),
+    /// An event could not be made.
+    #[error("cannot make an event (too many open files? see `ulimit -n`)")]
+    Event(#[source] std::io::Error),
+    /// Kicks of vCPUs cannot be caught.
+    #[error("cannot catch the signal that kicks vCPUs")]
+    Kicks(#[source] vmm_sys_util::errno::Error),
+}
+
+/// A virtual machine.
+pub struct Vm {
+    // First the threads, then what they use.
+    vcpus: Vcpus,
+    /// The vCPUs, while they do not run.
+    stopped: Vec<Vcpu>,
+    event_loop: EventLoop,
+    pci: PciHost,
+    platform: Platform,
+    payload: Payload,
+    acpi: acpi::Machine,
+    memory: Memory,
+}
+
+impl Vm {
+    /// Makes everything, loads the kernel and connects the devices. The guest does not run yet.
+    pub fn new(config: &VmConfig) -> Result<Self, VmError> {
+        config.validate()?;
+        let payload = Payload::open(&config.payload)?;
+        let kvm = kvm::open()?;
+        let vm = kvm::create_vm(&kvm, config.vcpus)?;
+        vcpu::catch_kicks().map_err(VmError::Kicks)?;
+        let cpuid = CommonCpuid::new(&kvm, config.vcpus).map_err(|source| KvmError::Step {
+            step: "tell the CPUID it supports",
+            source,
+        })?;
+        let windows = layout::pci_windows(memory::end(config.memory.size));
+        check_address_bits(windows.memory64, cpuid.address_bits())?;
+
+        let interrupts = Interrupts::new(vm.clone())?;
+        let slots = Slots::new(vm.clone(), kvm.get_nr_memslots())?;
+        let memory = Memory::new(&config.memory, &slots)?;
+        let (memory_bus, ports) = (Arc::new(Bus::default()), Arc::new(Bus::default()));
+        let space = Space {
+            vm: vm.clone(),
+            slots,
+            memory: memory_bus.clone(),
+            ports: ports.clone(),
+            windows,
+        };
+        let mut pci = PciHost::new(space, interrupts.clone())?;
+        let mut servers = Vec::with_capacity(config.user_devices.len());
+        for device in &config.user_devices {
+            let remote = pci.attach(device, &memory)?;
+            servers.push(Server {
+                id: device.id.clone(),
+                remote,
+            });
+        }
+
+        let endings = Arc::new(Endings::new().map_err(VmError::Event)?);
+        let context = Arc::new(VcpuContext {
+            memory: memory_bus,
+            ports: ports.clone(),
+            ram: memory.ram().clone(),
+            endings: endings.clone(),
+        });
+        let msrs = MsrIndices::new(&kvm).map_err(|source| KvmError::Step {
+            step: "list its registers",
+            source,
+        })?;
+        let stopped = (0..config.vcpus)
+            .map(|id| Vcpu::new(&kvm, &vm, id, &cpuid, &msrs, context.clone()))
+            .collect::<Result<_, _>>()?;
+
+        let mut event_loop = EventLoop::new(endings.clone())?;
+        for server in servers {
+            event_loop.add(Box::new(server));
+        }
+        let power_button = interrupts.edge(layout::POWER_BUTTON_GSI)?;
+        event_loop.add(Box::new(Signals::catch(power_button, endings.clone())?));
+        // The terminal comes last: from now on nothing should fail.
+        let com1 = interrupts.edge(layout::COM1_GSI)?;
+        let console = Console::open(&config.serial, com1, &endings)?;
+        let serial = console.as_ref().map(|console| console.port.clone());
+        if let Some(input) = console.and_then(|console| console.input) {
+            event_loop.add(input);
+        }
+        let acpi = acpi::Machine {
+            vcpus: config.vcpus,
+            windows,
+            serial: serial.is_some(),
+        };
+        let platform = Platform::new(vm, &ports, serial, &endings).map_err(VmError::Platform)?;
+
+        let vcpus = Vcpus::default();
+        let mut vm = Self {
+            vcpus,
+            stopped,
+            event_loop,
+            pci,
+            platform,
+            payload,
+            acpi,
+            memory,
+        };
+        vm.load()?;
+        Ok(vm)
+    }
+
+    /// The vCPUs, for whoever wants to pause them.
+    pub fn vcpus(&self) -> Vcpus {
+        self.vcpus.clone()
+    }
+
+    /// Runs the guest until it ends in one way or another, and says in which.
+    pub fn run(&mut self) -> Result<Ending, VmError> {
+        self.vcpus.start(std::mem::take(&mut self.stopped))?;
+        let ending = self.event_loop.run();
+        self.stopped = self.vcpus.stop();
+        Ok(ending?)
+    }
+
+    /// Puts the machine back into its state at power-on, with the kernel loaded again; then it can be run again. The
+    /// devices stay connected, and guest RAM stays where it is.
+    pub fn reset(&mut self) -> Result<(), VmError> {
+        self.pci.reset()?;
+        self.platform.reset().map_err(VmError::Platform)?;
+        for vcpu in &mut self.stopped {
+            vcpu.reset()?;
+        }
+        self.load()
+    }
+
+    fn load(&mut self) -> Result<(), VmError> {
+        let ram = self.memory.ram();
+        let rsdp = acpi::write_tables(ram, &self.acpi)?;
+        let state = self.payload.load(ram, rsdp)?;
+        for vcpu in &mut self.stopped {
+            vcpu.boot(&state)?;
+        }
+        Ok(())
+    }
+}
+
+impl Drop for Vm {
+    fn drop(&mut self) {
+        self.vcpus.stop();
+    }
+}
+
+impl std::fmt::Debug for Vm {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Vm")
+            .field("pci", &self.pci)
+            .finish_non_exhaustive()
+    }
+}
+
+/// Whether the CPU can address all of the PCI window, which lies above all RAM.
+fn check_address_bits(window: pci::Window, available: u32) -> Result<(), VmError> {
+    let needed = u64::BITS - (window.start + (window.length - 1)).leading_zeros();
+    if needed > available {
+        Err(VmError::AddressBits { needed, available })
+    } else {
+        Ok(())
+    }
+}
