@@ -22,11 +22,23 @@ mkdir -p "$logs"
     printf '%q ' exec "$@"
 } >"$logs/command"
 
+exec {output}> >(cat) # QEMU opens /dev/stdout, which works when that is a pipe
+cat=$!
+
+finish() {
+    [ -z "${qemu:-}" ] || kill "$qemu" 2>/dev/null || true
+    exec {output}>&-
+    wait "$cat"
+}
+trap finish EXIT
+trap 'exit 130' INT
+trap 'exit 143' TERM HUP
+
 # One CPU and one emulation thread: with more, a kernel that patches its own code races with the emulation and about
 # one boot in twenty dies. XSAVE and AVX are hidden because the emulated CPU's sizes for them are inconsistent.
 boot() {
     rm -f "$logs/started"
-    timeout --foreground --kill-after=10 "$deadline" qemu-system-x86_64 \
+    timeout --kill-after=10 "$deadline" qemu-system-x86_64 \
         -nodefaults -no-user-config -display none -no-reboot \
         -machine q35,kernel-irqchip=split -accel tcg,thread=single -smp 1 -m "$memory" \
         -cpu EPYC,+svm,+npt,check=off,-xsave,-avx,-avx2,-fma,-f16c \
@@ -35,14 +47,17 @@ boot() {
         -virtfs local,path=/,mount_tag=host,security_model=none,readonly=on,multidevs=remap \
         -virtfs local,path="$logs",mount_tag=logs,security_model=none \
         -device virtio-serial \
-        -chardev file,id=output,path=/dev/stdout,append=on \
-        -device virtserialport,chardev=output \
-        -serial "file:$logs/console.log" -device isa-debug-exit,iobase=0xf4,iosize=1 </dev/null | cat # /dev/stdout can be opened when it is a pipe
+        -chardev file,id=output,path=/dev/stdout,append=on -device virtserialport,chardev=output \
+        -serial "file:$logs/console.log" -device isa-debug-exit,iobase=0xf4,iosize=1 \
+        </dev/null >&"$output" &
+    qemu=$!
+    wait "$qemu" || return $?
 }
 
 for attempt in 1 2 3; do
     status=0
     boot || status=$?
+    qemu=
     case $status in
         124 | 137)
             echo "lab: not done within $deadline seconds" >&2

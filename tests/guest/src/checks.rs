@@ -611,12 +611,17 @@ fn msix_mask(device: &Device) -> Result<()> {
 
 /// Several messages of MSI, and its mask bits.
 fn msi(device: &Device) -> Result<()> {
+    device.command(regs::COMMAND_MEMORY | regs::COMMAND_MASTER, 0)?;
+    let capability = device.capability(regs::CAP_MSI)?;
+    let result = count_msi(device, capability);
+    device.set_config(capability + 2, &[0; 2])?;
+    result
+}
+
+fn count_msi(device: &Device, capability: u16) -> Result<()> {
     const ENABLE: u16 = 1;
     const FOUR_MESSAGES: u16 = 2 << 4;
 
-    device.command(regs::COMMAND_MEMORY | regs::COMMAND_MASTER, 0)?;
-    let registers = device.map(0)?;
-    let capability = device.capability(regs::CAP_MSI)?;
     let control = device.config16(capability + 2)?;
     ensure!(
         control & 0x18e == 0x184,
@@ -624,6 +629,7 @@ fn msi(device: &Device) -> Result<()> {
     );
     let (mask, pending) = (capability + 0x10, capability + 0x14);
 
+    let registers = device.map(0)?;
     let cpu = *interrupts::cpus()?.last().context("no CPU")?;
     let mut expected = interrupts::counts()?;
     device.set_config(
@@ -648,8 +654,7 @@ fn msi(device: &Device) -> Result<()> {
     interrupts::expect(&expected).context("masked")?;
     device.set_config(mask, &[0; 4])?;
     *expected.entry((VECTORS[1].0, cpu.number)).or_default() += 1;
-    interrupts::expect(&expected).context("unmasked")?;
-    device.set_config(capability + 2, &[0; 2])
+    interrupts::expect(&expected).context("unmasked")
 }
 
 /// The wired interrupt, through Linux's own driver for devices that it knows nothing about.
