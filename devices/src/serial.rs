@@ -98,10 +98,10 @@ impl BusDevice for Serial {
     }
 
     fn write(&self, offset: u64, data: &[u8]) {
-        if let (&[byte], Ok(offset)) = (data, u8::try_from(offset)) {
-            if let Err(error) = self.model().write(offset, byte) {
-                log::debug!("serial port: {error:?}");
-            }
+        if let (&[byte], Ok(offset)) = (data, u8::try_from(offset))
+            && let Err(error) = self.model().write(offset, byte)
+        {
+            log::debug!("serial port: {error:?}");
         }
     }
 }

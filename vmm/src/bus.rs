@@ -14,8 +14,15 @@ pub(crate) struct Overlap(RangeInclusive<u64>);
 /// One address space. The lock is held for the look-up alone, and a device is called without it.
 #[derive(Debug, Default)]
 pub(crate) struct Bus {
-    /// The devices by their first address, with their last.
-    ranges: RwLock<BTreeMap<u64, (u64, Arc<dyn BusDevice>)>>,
+    /// What there is, by its first address.
+    ranges: RwLock<BTreeMap<u64, Place>>,
+}
+
+/// A device, and the last address that it answers at.
+#[derive(Debug)]
+struct Place {
+    last: u64,
+    device: Arc<dyn BusDevice>,
 }
 
 impl Bus {
@@ -27,10 +34,16 @@ impl Bus {
     ) -> Result<(), Overlap> {
         let mut ranges = self.ranges.write().unwrap_or_else(PoisonError::into_inner);
         let below = ranges.range(..=*range.end()).next_back();
-        if below.is_some_and(|(_, (last, _))| last >= range.start()) {
+        if below.is_some_and(|(_, place)| place.last >= *range.start()) {
             return Err(Overlap(range));
         }
-        ranges.insert(*range.start(), (*range.end(), device));
+        ranges.insert(
+            *range.start(),
+            Place {
+                last: *range.end(),
+                device,
+            },
+        );
         Ok(())
     }
 
@@ -67,8 +80,8 @@ impl Bus {
     fn find(&self, address: u64, length: usize) -> Option<(u64, Arc<dyn BusDevice>)> {
         let last = address.checked_add(u64::try_from(length).ok()?.checked_sub(1)?)?;
         let ranges = self.ranges.read().unwrap_or_else(PoisonError::into_inner);
-        let (start, (end, device)) = ranges.range(..=address).next_back()?;
-        (last <= *end).then(|| (address - start, device.clone()))
+        let (start, place) = ranges.range(..=address).next_back()?;
+        (last <= place.last).then(|| (address - start, place.device.clone()))
     }
 }
 

@@ -8,6 +8,8 @@ use crate::options::{OptionError, Options};
 const MIN_MEMORY: u64 = 64 << 20;
 /// The most: what the 52 address bits of x86 leave below the PCI window.
 const MAX_MEMORY: u64 = 1 << 50;
+/// What a VM has that is not told.
+const DEFAULT_MEMORY: u64 = 512 << 20;
 /// RAM is made of pages of 4 KiB, or of huge ones.
 const PAGE: u64 = 4 << 10;
 const HUGE_PAGE: u64 = 2 << 20;
@@ -143,7 +145,7 @@ impl MemoryConfig {
             size: options
                 .size("size")
                 .map_err(error)?
-                .unwrap_or(Self::default().size),
+                .unwrap_or(DEFAULT_MEMORY),
             hugepages: options.switch("hugepages").map_err(error)?,
             prefault: options.switch("prefault").map_err(error)?,
         };
@@ -176,7 +178,7 @@ impl MemoryConfig {
 impl Default for MemoryConfig {
     fn default() -> Self {
         Self {
-            size: 512 << 20,
+            size: DEFAULT_MEMORY,
             hugepages: false,
             prefault: false,
         }

@@ -248,10 +248,10 @@ impl Config {
         self.write_msi(offset, data, &mut effects);
         self.write_msix(offset, data, &mut effects);
         self.show_virtual_registers();
-        if let Some(power) = self.power {
-            if let Some(state) = byte_at(offset, data, power + POWER_CONTROL) {
-                self.power_state = u16::from(state) & POWER_STATE;
-            }
+        if let Some(power) = self.power
+            && let Some(state) = byte_at(offset, data, power + POWER_CONTROL)
+        {
+            self.power_state = u16::from(state) & POWER_STATE;
         }
         self.forward_devices(offset, data, &mut effects);
         effects

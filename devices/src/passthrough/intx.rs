@@ -85,10 +85,10 @@ impl Stop {
                 continue;
             }
             let mut count = [0; 8];
-            if rustix::io::read(resample, &mut count).is_ok() {
-                if let Err(error) = backend.unmask(Irq::Intx) {
-                    log::debug!("cannot unmask INTx: {error}");
-                }
+            if rustix::io::read(resample, &mut count).is_ok()
+                && let Err(error) = backend.unmask(Irq::Intx)
+            {
+                log::debug!("cannot unmask INTx: {error}");
             }
         }
     }

@@ -208,14 +208,12 @@ impl Endpoint for Passthrough {
     fn config_read(&self, offset: u16, data: &mut [u8]) {
         data.fill(0);
         let is_devices = self.config().is_devices(offset, data.len());
-        if is_devices {
-            if let Err(error) = self.backend.read(Region::Config, offset.into(), data) {
-                self.faults.record(
-                    format_args!("read of configuration space at {offset:#x}"),
-                    &error,
-                );
-                data.fill(0xff);
-            }
+        if is_devices && let Err(error) = self.backend.read(Region::Config, offset.into(), data) {
+            self.faults.record(
+                format_args!("read of configuration space at {offset:#x}"),
+                &error,
+            );
+            data.fill(0xff);
         }
         self.config()
             .read(offset, data, |vector| self.vectors.pending(vector));

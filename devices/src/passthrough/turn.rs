@@ -50,7 +50,8 @@ mod tests {
         let (taken, is_taken) = mpsc::channel();
         let (give_back, wait) = mpsc::channel::<()>();
         thread::scope(|scope| {
-            let holder = scope.spawn(|| {
+            let turn = &turn;
+            let holder = scope.spawn(move || {
                 turn.take(Duration::ZERO, |value| {
                     taken.send(()).unwrap();
                     let _ = wait.recv();

@@ -6,6 +6,8 @@ use zerocopy::{Immutable, IntoBytes};
 
 /// The structure's type and length.
 const TYPE: u8 = 9;
+const LENGTH: u8 = 16;
+const _: () = assert!(size_of::<LocalX2Apic>() == LENGTH as usize);
 /// Local APIC flags (5.2.12.2.1): enabled.
 const ENABLED: u32 = 1 << 0;
 
@@ -22,7 +24,6 @@ pub(super) struct LocalX2Apic {
 
 impl LocalX2Apic {
     pub(super) fn new(id: u32) -> Self {
-        const LENGTH: u8 = size_of::<LocalX2Apic>() as u8;
         Self {
             kind: TYPE,
             length: LENGTH,

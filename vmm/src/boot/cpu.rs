@@ -195,7 +195,9 @@ impl Segment {
 
 /// Entries up to the task state's, which takes two places in 64-bit mode.
 const GDT_ENTRIES: usize = 6;
-const GDT_LIMIT: u16 = (GDT_ENTRIES * size_of::<u64>() - 1) as u16;
+/// The offset of the table's last byte.
+const GDT_LIMIT: u16 = 47;
+const _: () = assert!(GDT_LIMIT as usize == GDT_ENTRIES * size_of::<u64>() - 1);
 
 /// Writes the descriptor table, whose code segment is that of a `long` or a 32-bit entry.
 pub(super) fn write_gdt(ram: &GuestMemoryMmap, long: bool) -> Result<(), BootError> {

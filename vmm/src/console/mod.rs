@@ -97,7 +97,7 @@ impl Console {
             }
             SerialConfig::Tty => {
                 let terminal = Terminal::raw().map_err(ConsoleError::Terminal)?;
-                let port = port(Box::new(Stdout::default()));
+                let port = port(Box::new(Stdout::new()));
                 let keyboard = Keyboard::new(terminal, port.clone(), watched, endings.clone());
                 Some(Self {
                     port,

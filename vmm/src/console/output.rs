@@ -13,9 +13,15 @@ const PATIENCE: Timespec = Timespec {
 
 /// Standard output, without a buffer. A reader that does not read holds the guest up once, for a second; then output is
 /// dropped until it reads again.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(super) struct Stdout {
     stalled: bool,
+}
+
+impl Stdout {
+    pub(super) fn new() -> Self {
+        Self { stalled: false }
+    }
 }
 
 impl Write for Stdout {

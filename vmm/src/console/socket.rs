@@ -106,10 +106,10 @@ impl Listener {
     }
 
     fn disconnect(&mut self, ops: &mut EventOps<'_>) {
-        if let Some(client) = self.client.take() {
-            if let Err(error) = ops.remove(Events::with_data(&client, INPUT, EventSet::IN)) {
-                log::debug!("serial port: {error}");
-            }
+        if let Some(client) = self.client.take()
+            && let Err(error) = ops.remove(Events::with_data(&client, INPUT, EventSet::IN))
+        {
+            log::debug!("serial port: {error}");
         }
         *self.output.client() = None;
     }

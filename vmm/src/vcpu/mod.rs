@@ -7,12 +7,13 @@
 mod power_on;
 mod thread;
 
+use std::ptr;
 use std::sync::Arc;
 
 use kvm_bindings::{
     KVM_EXIT_FAIL_ENTRY, KVM_EXIT_INTERNAL_ERROR, KVM_EXIT_IO, KVM_EXIT_IO_IN, KVM_EXIT_MMIO,
     KVM_EXIT_SHUTDOWN, KVM_INTERNAL_ERROR_EMULATION,
-    KVM_INTERNAL_ERROR_EMULATION_FLAG_INSTRUCTION_BYTES, kvm_run,
+    KVM_INTERNAL_ERROR_EMULATION_FLAG_INSTRUCTION_BYTES,
 };
 use kvm_ioctls::{Kvm, VcpuFd, VmFd};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
@@ -203,9 +204,10 @@ impl Vcpu {
     }
 
     fn serve_io(&mut self) -> Next {
-        let run: *mut kvm_run = self.fd.get_kvm_run();
-        // SAFETY: `run` was a reference a line ago, and the exit reason says that this is the union's field.
-        let io = unsafe { (*run).__bindgen_anon_1.io };
+        let run = self.fd.get_kvm_run();
+        // SAFETY: the exit reason says that this is the union's field.
+        let io = unsafe { run.__bindgen_anon_1.io };
+        let run = ptr::from_mut(run);
         let length = usize::from(io.size) * io.count as usize;
         let offset = usize::try_from(io.data_offset).unwrap_or(usize::MAX);
         // SAFETY: KVM says that `length` bytes of data lie at this offset within the vCPU's mapping, which is longer
