@@ -1,6 +1,6 @@
 //! What the device is: the commands that ask, and their answers.
 
-use std::os::fd::{BorrowedFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use vfio_user_protocol::{
@@ -92,7 +92,12 @@ impl Client {
     /// [`ConnError`], as for every call.
     pub fn device_info(&self) -> Result<DeviceInfo, ConnError> {
         let query = protocol::DeviceInfo::query();
-        let request = asks(Command::DeviceGetInfo, query.as_bytes(), 0);
+        let request = asks(
+            Command::DeviceGetInfo,
+            query.as_bytes(),
+            size_of_val(&query),
+            0,
+        );
         self.query(
             &request,
             self.deadlines.control,
@@ -171,7 +176,12 @@ impl Client {
     /// [`ConnError`], as for every call.
     pub fn irq_info(&self, index: u32) -> Result<IrqInfo, ConnError> {
         let query = protocol::IrqInfo::query(index);
-        let request = asks(Command::DeviceGetIrqInfo, query.as_bytes(), 0);
+        let request = asks(
+            Command::DeviceGetIrqInfo,
+            query.as_bytes(),
+            size_of_val(&query),
+            0,
+        );
         self.query(
             &request,
             self.deadlines.control,
@@ -194,7 +204,7 @@ impl Client {
     ///
     /// [`ConnError`], as for every call.
     pub fn reset(&self) -> Result<(), ConnError> {
-        let request = asks(Command::DeviceReset, &[], 0);
+        let request = asks(Command::DeviceReset, &[], 0, 0);
         self.call(&request, self.deadlines.reset).map(drop)
     }
 
@@ -208,7 +218,7 @@ impl Client {
         let mut argsz = FIRST_ARGSZ;
         loop {
             let query = query(argsz);
-            let request = asks(command, query.as_bytes(), max_fds);
+            let request = asks(command, query.as_bytes(), MAX_ARGSZ, max_fds);
             let mut reply = self.call(&request, self.deadlines.control)?;
             // Every answer of this kind begins with the size that it needs.
             let needed = protocol::take::<u32>(&reply.payload).map(|(needed, _)| needed);
@@ -217,25 +227,21 @@ impl Client {
                     let fds = std::mem::take(&mut reply.fds);
                     return Ok((std::mem::take(&mut reply.payload), fds));
                 }
-                needed if needed <= MAX_ARGSZ && argsz == FIRST_ARGSZ => argsz = needed,
+                needed if needed as usize <= MAX_ARGSZ && argsz == FIRST_ARGSZ => argsz = needed,
                 _ => return Err(ConnError::TooLong { command }),
             }
         }
     }
 }
 
-/// A command that is all query.
-fn asks<'a>(command: Command, query: &'a [u8], max_fds: usize) -> Request<'a> {
-    const NONE: &[BorrowedFd<'_>] = &[];
+/// A command that is all query, and has an answer of at most `payload` bytes and `fds` descriptors.
+fn asks(command: Command, query: &[u8], payload: usize, fds: usize) -> Request<'_> {
     Request {
         command,
         head: query,
         data: &[],
-        fds: NONE,
-        expected: Expected {
-            payload: MAX_ARGSZ as usize,
-            fds: max_fds,
-        },
+        fds: &[],
+        expected: Expected { payload, fds },
     }
 }
 
@@ -295,7 +301,7 @@ fn io_event(entry: &protocol::IoFd, fds: &[Arc<OwnedFd>]) -> Option<IoEvent> {
 const FIRST_ARGSZ: u32 = 4096;
 
 /// Largest answer that is asked for, in bytes.
-const MAX_ARGSZ: u32 = 64 << 10;
+const MAX_ARGSZ: usize = 64 << 10;
 
 /// What the guest's memory is mapped in, in bytes.
 const PAGE_SIZE: u64 = 4096;

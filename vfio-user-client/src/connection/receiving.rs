@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use rustix::event::PollFlags;
 use rustix::io::Errno;
-use vfio_user_protocol::Header;
+use vfio_user_protocol::{Command, Header};
 
 use super::{Connection, Deadline, Place, Shared, State, loss};
 use crate::error::{ConnError, Loss};
@@ -196,14 +196,15 @@ impl Connection {
     /// Answers a command that the server sent on the main socket.
     ///
     /// libvfio-user takes the next message on the socket for the answer to its command, whatever it is. From the first
-    /// such command on, it is therefore given no message but the answer: one command at a time, and none posted.
+    /// access to memory on, it is therefore given no message but the answer: one command at a time, and none posted.
     fn serve_command<'a>(
         &'a self,
         mut shared: MutexGuard<'a, Shared>,
         command: &Header,
         reader: &Reader,
     ) -> MutexGuard<'a, Shared> {
-        if !shared.one_at_a_time {
+        let is_dma = [Command::DmaRead as u16, Command::DmaWrite as u16].contains(&command.command);
+        if is_dma && !shared.one_at_a_time {
             shared.one_at_a_time = true;
             shared.calls.set_limit(1);
             log::info!(
