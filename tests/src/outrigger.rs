@@ -1,0 +1,91 @@
+//! The program under test.
+
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Output, Stdio};
+use std::sync::OnceLock;
+use std::time::{Duration, Instant};
+use std::{env, io, thread};
+
+/// The `outrigger` binary, built in the profile of the test that asks for it.
+pub fn binary() -> &'static Path {
+    static BINARY: OnceLock<PathBuf> = OnceLock::new();
+    BINARY.get_or_init(|| {
+        let mut build = Command::new(env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+        build.args(["build", "--quiet", "--package", "vmm"]);
+        let profile = if cfg!(debug_assertions) {
+            "dev"
+        } else {
+            "release"
+        };
+        build.args(["--profile", profile]);
+        let status = build.status();
+        assert!(
+            status.is_ok_and(|status| status.success()),
+            "cannot build outrigger"
+        );
+        // The test is target/PROFILE/deps/NAME.
+        let test = env::current_exe().unwrap_or_default();
+        let folder = test.ancestors().nth(2).unwrap_or(Path::new("."));
+        folder.join("outrigger")
+    })
+}
+
+/// Runs `outrigger` without input until it ends.
+///
+/// # Errors
+/// When it cannot be started, or does not end within a minute.
+pub fn run(arguments: &[&str]) -> io::Result<Output> {
+    let child = start(arguments)?;
+    wait(child)
+}
+
+/// Starts `outrigger` without input, its output kept.
+///
+/// # Errors
+/// When it cannot be started.
+pub fn start(arguments: &[&str]) -> io::Result<Child> {
+    Command::new(binary())
+        .args(arguments)
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+}
+
+/// Waits for it to end.
+///
+/// # Errors
+/// When it does not within a minute; it is killed then.
+pub fn wait(mut child: Child) -> io::Result<Output> {
+    wait_status(&mut child)?;
+    child.wait_with_output()
+}
+
+fn wait_status(child: &mut Child) -> io::Result<ExitStatus> {
+    let deadline = Instant::now() + Duration::from_secs(60);
+    loop {
+        if let Some(status) = child.try_wait()? {
+            return Ok(status);
+        }
+        if Instant::now() > deadline {
+            child.kill()?;
+            return Err(io::ErrorKind::TimedOut.into());
+        }
+        thread::sleep(Duration::from_millis(2));
+    }
+}
+
+/// Whether this machine can run guests at all; says so loudly if not.
+pub fn has_kvm() -> bool {
+    let available = std::fs::File::options()
+        .read(true)
+        .write(true)
+        .open("/dev/kvm")
+        .is_ok();
+    if !available {
+        eprintln!(
+            "SKIPPED: there is no /dev/kvm that can be opened, so no guest runs in this test"
+        );
+    }
+    available
+}
