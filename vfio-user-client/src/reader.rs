@@ -8,7 +8,7 @@ use std::os::fd::OwnedFd;
 
 use vfio_user_protocol::{Header, ProtocolError, take};
 
-use crate::socket::Received;
+use crate::socket::{MAX_FDS, Received};
 
 /// Where replies go.
 pub(crate) trait Replies {
@@ -28,6 +28,18 @@ pub(crate) struct Fds {
     pub(crate) lost: bool,
 }
 
+impl Fds {
+    /// Adds those that came later, as long as there are no more than a message can have.
+    fn append(&mut self, mut later: Self) {
+        self.lost |= later.lost;
+        if self.fds.len() + later.fds.len() > MAX_FDS {
+            self.lost = true;
+        } else {
+            self.fds.append(&mut later.fds);
+        }
+    }
+}
+
 /// Turns bytes into messages.
 #[derive(Debug)]
 pub(crate) struct Reader {
@@ -35,11 +47,11 @@ pub(crate) struct Reader {
     input: Box<[u8]>,
     parsed: usize,
     filled: usize,
-    /// How many bytes of the stream have been parsed.
-    position: u64,
-    /// Descriptors that belong to the message that holds the byte before `fds_end` of the stream.
+    /// Descriptors that came with the input. They belong to the message that its last byte is of: the kernel ends a
+    /// receive with the bytes that descriptors were sent with, and those are to be sent with their message's header.
+    new_fds: Fds,
+    /// Descriptors of the message that the input began in the middle of.
     fds: Fds,
-    fds_end: u64,
     /// The header of the next message, as far as it has come.
     head: [u8; Header::SIZE],
     head_len: usize,
@@ -57,9 +69,8 @@ impl Reader {
             input: vec![0; INPUT_SIZE].into_boxed_slice(),
             parsed: 0,
             filled: 0,
-            position: 0,
+            new_fds: Fds::default(),
             fds: Fds::default(),
-            fds_end: 0,
             head: [0; Header::SIZE],
             head_len: 0,
             message: None,
@@ -73,16 +84,12 @@ impl Reader {
         &mut self,
         receive: impl FnOnce(&mut [u8], &mut Vec<OwnedFd>) -> Result<Received, E>,
     ) -> Result<usize, E> {
-        let before = self.fds.fds.len();
-        let received = receive(&mut self.input, &mut self.fds.fds)?;
+        let new_fds = std::mem::take(&mut self.new_fds);
+        self.fds.append(new_fds);
+        let received = receive(&mut self.input, &mut self.new_fds.fds)?;
+        self.new_fds.lost = received.fds_lost;
         self.parsed = 0;
         self.filled = received.bytes.min(self.input.len());
-        if received.fds_lost || self.fds.fds.len() > before {
-            self.fds.lost |= received.fds_lost;
-            // The kernel ends a receive with the bytes that descriptors were sent with. They are to be sent with the
-            // header of their message, so that message is the one to which the last byte belongs.
-            self.fds_end = self.position.saturating_add(self.filled as u64);
-        }
         Ok(self.filled)
     }
 
@@ -110,7 +117,7 @@ impl Reader {
                     .extend_from_slice(bytes.get(..room).unwrap_or(bytes));
             }
             let len = bytes.len();
-            self.advance(len);
+            self.parsed += len;
             if len < missing {
                 self.message = Some((header, missing - len));
                 return Ok(None);
@@ -141,7 +148,7 @@ impl Reader {
         for (to, from) in room.iter_mut().zip(bytes) {
             *to = *from;
         }
-        self.advance(len);
+        self.parsed += len;
         self.head_len += len;
         if self.head_len < Header::SIZE {
             return Ok(None);
@@ -154,17 +161,13 @@ impl Reader {
         Ok(self.message)
     }
 
-    fn advance(&mut self, len: usize) {
-        self.parsed += len;
-        self.position = self.position.saturating_add(len as u64);
-    }
-
     /// The descriptors of the message that ends here.
     fn take_fds(&mut self) -> Fds {
-        if self.position < self.fds_end {
-            return Fds::default();
+        let mut fds = std::mem::take(&mut self.fds);
+        if self.parsed == self.filled {
+            fds.append(std::mem::take(&mut self.new_fds));
         }
-        std::mem::take(&mut self.fds)
+        fds
     }
 }
 
@@ -174,3 +177,194 @@ const INPUT_SIZE: usize = 64 << 10;
 /// Largest size that a message of the server may claim, in bytes: more than the dirty bitmap of a terabyte of memory,
 /// the largest answer that anybody asks for. It bounds only what is skipped, as nothing is allocated for it.
 pub(crate) const MAX_MESSAGE: usize = 64 << 20;
+
+#[cfg(test)]
+mod tests {
+    use std::convert::Infallible;
+    use std::fs::File;
+
+    use proptest::prelude::*;
+    use vfio_user_protocol::{Command, MessageFlags};
+    use zerocopy::IntoBytes;
+
+    use super::*;
+
+    const MAX_COMMAND: usize = 100;
+
+    /// A message as it is sent, and as it should arrive: id, whether it is a reply, payload, and descriptors.
+    #[derive(Clone, Debug, Default, PartialEq, Eq)]
+    struct Message {
+        id: u16,
+        is_reply: bool,
+        payload: Vec<u8>,
+        fds: usize,
+    }
+
+    impl Message {
+        fn bytes(&self) -> Vec<u8> {
+            let mut header = Header::command(self.id, Command::RegionRead, self.payload.len());
+            if self.is_reply {
+                header.flags = MessageFlags::REPLY.bits();
+            }
+            [header.as_bytes(), &self.payload].concat()
+        }
+    }
+
+    /// Messages as they arrive.
+    #[derive(Default)]
+    struct Arrived {
+        whole: Vec<Message>,
+        payload: Vec<u8>,
+    }
+
+    impl Replies for Arrived {
+        fn payload(&mut self, _: &Header, bytes: &[u8]) {
+            self.payload.extend_from_slice(bytes);
+        }
+
+        fn end(&mut self, header: &Header, fds: Fds) {
+            self.whole.push(Message {
+                id: header.id,
+                is_reply: true,
+                payload: std::mem::take(&mut self.payload),
+                fds: fds.fds.len(),
+            });
+        }
+    }
+
+    /// Lets the reader receive and parse `bytes` with so many descriptors.
+    fn feed(reader: &mut Reader, bytes: &[u8], fds: usize, arrived: &mut Arrived) -> bool {
+        let filled = reader.fill(|buffer, into| {
+            buffer[..bytes.len()].copy_from_slice(bytes);
+            into.extend((0..fds).map(|_| OwnedFd::from(File::open("/dev/null").unwrap())));
+            Ok::<_, Infallible>(Received {
+                bytes: bytes.len(),
+                fds_lost: false,
+            })
+        });
+        assert_eq!(filled, Ok(bytes.len()));
+        loop {
+            match reader.parse(arrived) {
+                Ok(None) => return true,
+                Ok(Some(command)) => arrived.whole.push(Message {
+                    id: command.id,
+                    is_reply: false,
+                    payload: reader.command().to_vec(),
+                    fds: 0,
+                }),
+                Err(_) => return false,
+            }
+        }
+    }
+
+    fn message() -> impl Strategy<Value = Message> {
+        let payload = prop::collection::vec(any::<u8>(), 0..200);
+        (any::<u16>(), any::<bool>(), payload, 0usize..3).prop_map(
+            |(id, is_reply, payload, fds)| Message {
+                id,
+                is_reply,
+                payload,
+                fds,
+            },
+        )
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::default() })]
+
+        #[test]
+        fn messages_arrive_however_the_stream_is_split(
+            messages in prop::collection::vec(message(), 1..20),
+            sizes in prop::collection::vec(1usize..300, 1..50),
+        ) {
+            let bytes: Vec<u8> = messages.iter().flat_map(Message::bytes).collect();
+            let mut reader = Reader::new(MAX_COMMAND);
+            let mut arrived = Arrived::default();
+            let mut rest = &bytes[..];
+            for size in sizes.iter().cycle() {
+                let (piece, next) = rest.split_at((*size).min(rest.len()));
+                prop_assert!(feed(&mut reader, piece, 0, &mut arrived));
+                rest = next;
+                if rest.is_empty() {
+                    break;
+                }
+            }
+            let expected: Vec<_> = messages.into_iter().map(without_fds).collect();
+            prop_assert_eq!(arrived.whole, expected);
+        }
+
+        /// The kernel ends a receive with the bytes that descriptors came with, and may begin it with earlier ones.
+        #[test]
+        fn descriptors_arrive_with_the_message_that_they_were_sent_with(
+            messages in prop::collection::vec(message(), 1..20),
+            joins in prop::collection::vec(any::<bool>(), 20),
+            cuts in prop::collection::vec(1usize..400, 20),
+        ) {
+            let mut reader = Reader::new(MAX_COMMAND);
+            let mut arrived = Arrived::default();
+            let mut pending = Vec::new();
+            for ((message, join), cut) in messages.iter().zip(joins).zip(cuts) {
+                let bytes = message.bytes();
+                // The first piece, with the descriptors, and perhaps with what came before; then the rest.
+                let (first, rest) = bytes.split_at(cut.min(bytes.len()));
+                if !join && !pending.is_empty() {
+                    prop_assert!(feed(&mut reader, &pending, 0, &mut arrived));
+                    pending.clear();
+                }
+                pending.extend_from_slice(first);
+                prop_assert!(feed(&mut reader, &pending, message.fds, &mut arrived));
+                pending = rest.to_vec();
+            }
+            prop_assert!(feed(&mut reader, &pending, 0, &mut arrived));
+            let expected: Vec<_> = messages
+                .into_iter()
+                .map(|message| if message.is_reply { message } else { without_fds(message) })
+                .collect();
+            prop_assert_eq!(arrived.whole, expected);
+        }
+
+        #[test]
+        fn any_bytes_are_messages_or_an_error(bytes in prop::collection::vec(any::<u8>(), 0..500)) {
+            feed(&mut Reader::new(MAX_COMMAND), &bytes, 1, &mut Arrived::default());
+        }
+    }
+
+    /// A message as it arrives if its descriptors don't; of a command no more is kept than is wanted.
+    fn without_fds(mut message: Message) -> Message {
+        if !message.is_reply {
+            message.payload.truncate(MAX_COMMAND);
+        }
+        message.fds = 0;
+        message
+    }
+
+    #[test]
+    fn lost_descriptors_are_noted_for_their_message_alone() {
+        struct Lost(Vec<bool>);
+        impl Replies for Lost {
+            fn payload(&mut self, _: &Header, _: &[u8]) {}
+            fn end(&mut self, _: &Header, fds: Fds) {
+                self.0.push(fds.lost);
+            }
+        }
+        let message = Message {
+            is_reply: true,
+            ..Message::default()
+        };
+        let mut reader = Reader::new(MAX_COMMAND);
+        let mut lost = Lost(Vec::new());
+        for fds_lost in [false, true, false] {
+            let bytes = [message.bytes(), message.bytes()].concat();
+            let filled = reader.fill(|buffer, _| {
+                buffer[..bytes.len()].copy_from_slice(&bytes);
+                Ok::<_, Infallible>(Received {
+                    bytes: bytes.len(),
+                    fds_lost,
+                })
+            });
+            assert_eq!(filled, Ok(32));
+            assert!(matches!(reader.parse(&mut lost), Ok(None)));
+        }
+        assert_eq!(lost.0, [false, false, false, true, false, false]);
+    }
+}

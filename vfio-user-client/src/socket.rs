@@ -75,22 +75,15 @@ impl Socket {
         let mut space = [MaybeUninit::uninit(); CONTROL_SPACE];
         let mut control = RecvAncillaryBuffer::new(&mut space);
         let message = recvmsg(&self.0, &mut [IoSliceMut::new(buffer)], &mut control, flags)?;
-        let mut received = Received {
-            bytes: message.bytes,
-            fds_lost: message.flags.contains(ReturnFlags::CTRUNC),
-        };
         for control in control.drain() {
             if let RecvAncillaryMessage::ScmRights(rights) = control {
-                for fd in rights {
-                    if fds.len() < MAX_FDS {
-                        fds.push(fd);
-                    } else {
-                        received.fds_lost = true;
-                    }
-                }
+                fds.extend(rights);
             }
         }
-        Ok(received)
+        Ok(Received {
+            bytes: message.bytes,
+            fds_lost: message.flags.contains(ReturnFlags::CTRUNC),
+        })
     }
 
     /// Waits at most `limit` for one of `events`, or for the connection to break, and returns what there is.
