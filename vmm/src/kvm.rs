@@ -87,7 +87,7 @@ pub(crate) fn open() -> Result<Kvm, KvmError> {
     Ok(kvm)
 }
 
-/// Makes a VM with the interrupt controllers and the timer of a PC, that `vcpus` vCPUs can be added to.
+/// Makes a VM that `vcpus` vCPUs can be added to, once it has its [`create_chips`].
 pub(crate) fn create_vm(kvm: &Kvm, vcpus: u32) -> Result<Arc<VmFd>, KvmError> {
     let available = kvm.get_max_vcpus();
     if vcpus as usize > available {
@@ -102,11 +102,17 @@ pub(crate) fn create_vm(kvm: &Kvm, vcpus: u32) -> Result<Arc<VmFd>, KvmError> {
         .map_err(step("place the identity map"))?;
     vm.set_tss_address(usize::try_from(layout::KVM_TSS).unwrap_or(usize::MAX))
         .map_err(step("place the TSS"))?;
+    Ok(Arc::new(vm))
+}
+
+/// Gives a VM the interrupt controllers and the timer of a PC. To be done when its RAM is there: KVM takes 0.3 ms for
+/// 512 MiB of it before this, and 6 ms after.
+pub(crate) fn create_chips(vm: &VmFd) -> Result<(), KvmError> {
+    let step = |step| move |source| KvmError::Step { step, source };
     vm.create_irq_chip()
         .map_err(step("create the interrupt controllers"))?;
     vm.create_pit2(kvm_pit_config::default())
-        .map_err(step("create the timer"))?;
-    Ok(Arc::new(vm))
+        .map_err(step("create the timer"))
 }
 
 /// Whether this KVM only emulates a guest that is not paravirtualised, instruction by instruction: the CPU then has

@@ -108,9 +108,10 @@ impl Vm {
         let windows = layout::pci_windows(memory::end(config.memory.size));
         check_address_bits(windows.memory64, cpuid.address_bits())?;
 
-        let interrupts = Interrupts::new(vm.clone())?;
         let slots = Slots::new(vm.clone(), kvm.get_nr_memslots())?;
         let memory = Memory::new(&config.memory, &slots)?;
+        kvm::create_chips(&vm)?;
+        let interrupts = Interrupts::new(vm.clone())?;
         let (memory_bus, ports) = (Arc::new(Bus::default()), Arc::new(Bus::default()));
         let space = Space {
             vm: vm.clone(),

@@ -1,0 +1,193 @@
+//! `make bench`: how long Outrigger takes to start and what it costs, beside its peers where they are given.
+//!
+//! Every program boots the same tiny guest, which sends one character to its serial port and then waits. The programs
+//! take turns, so that what else goes on in the machine disturbs all alike.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::io::Read;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, bail};
+use clap::Parser;
+use tests::tiny;
+
+/// Measures start-up and memory.
+#[derive(Debug, Parser)]
+struct Arguments {
+    /// The release build of outrigger
+    #[arg(long)]
+    outrigger: PathBuf,
+    /// A cloud-hypervisor to compare with
+    #[arg(long)]
+    cloud_hypervisor: Option<PathBuf>,
+    /// A qemu-system-x86_64 to compare with
+    #[arg(long)]
+    qemu: Option<PathBuf>,
+    /// How often each program is started
+    #[arg(long, default_value_t = 50)]
+    runs: usize,
+}
+
+/// What one run of a program showed.
+#[derive(Debug, Clone, Copy)]
+struct Figures {
+    start: Duration,
+    /// Resident and proportional memory beyond guest RAM, in KiB.
+    rss: u64,
+    pss: u64,
+    threads: usize,
+    fds: usize,
+}
+
+fn main() -> anyhow::Result<()> {
+    let arguments = Arguments::parse();
+    let kernel = tiny::guest(|code| {
+        code.print(b'x')?;
+        code.halt()
+    })?;
+    let programs = programs(&arguments, kernel.path());
+    let mut results: BTreeMap<&str, Vec<Figures>> = BTreeMap::new();
+    for _ in 0..arguments.runs {
+        for (name, command) in &programs {
+            let figures = measure(command).with_context(|| format!("cannot measure {name}"))?;
+            results.entry(*name).or_default().push(figures);
+        }
+    }
+    println!(
+        "a tiny PVH guest with one vCPU and 512 MiB; medians of {} runs",
+        arguments.runs
+    );
+    println!(
+        "{:18} {:>12} {:>12} {:>9} {:>9} {:>8} {:>5}",
+        "", "start ms", "(10 % to 90 %)", "RSS MiB", "PSS MiB", "threads", "fds"
+    );
+    for (name, _) in &programs {
+        let runs = results.remove(name).unwrap_or_default();
+        let [low, middle, high] = [10, 50, 90]
+            .map(|percent| percentile(&runs, percent, |run| run.start.as_secs_f64() * 1e3));
+        let median = |of: fn(&Figures) -> f64| percentile(&runs, 50, of);
+        println!(
+            "{name:18} {middle:12.2} {:>14} {:9.2} {:9.2} {:8} {:5}",
+            format!("{low:.2}..{high:.2}"),
+            median(|run| run.rss as f64 / 1024.0),
+            median(|run| run.pss as f64 / 1024.0),
+            median(|run| run.threads as f64),
+            median(|run| run.fds as f64),
+        );
+    }
+    for (name, given) in [
+        ("cloud-hypervisor", arguments.cloud_hypervisor.is_some()),
+        ("qemu", arguments.qemu.is_some()),
+    ] {
+        if !given {
+            println!("{name}: not measured; give its path");
+        }
+    }
+    Ok(())
+}
+
+/// The programs to be measured, each with its arguments.
+fn programs(arguments: &Arguments, kernel: &Path) -> Vec<(&'static str, Vec<PathBuf>)> {
+    let command = |program: &Path, words: &str| {
+        let words = words.split(' ').map(|word| match word {
+            "KERNEL" => kernel.to_owned(),
+            word => word.into(),
+        });
+        [program.to_owned()].into_iter().chain(words).collect()
+    };
+    let mut programs = vec![(
+        "outrigger",
+        command(
+            &arguments.outrigger,
+            "--kernel KERNEL --memory size=512M --serial tty",
+        ),
+    )];
+    if let Some(program) = &arguments.cloud_hypervisor {
+        let words = "--kernel KERNEL --memory size=512M,shared=on --serial tty --console off";
+        programs.push(("cloud-hypervisor", command(program, words)));
+    }
+    if let Some(program) = &arguments.qemu {
+        let words = "-M microvm,accel=kvm -m 512M -nodefaults -no-user-config -nographic -serial stdio -kernel KERNEL";
+        programs.push(("qemu microvm", command(program, words)));
+    }
+    programs
+}
+
+/// Starts a program, waits for its guest's first character, and looks at what it takes.
+fn measure(command: &[PathBuf]) -> anyhow::Result<Figures> {
+    let (program, arguments) = command.split_first().context("no program")?;
+    let started = Instant::now();
+    let mut child = Running(
+        Command::new(program)
+            .args(arguments)
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::null())
+            .spawn()?,
+    );
+    let mut output = child.0.stdout.take().context("no output")?;
+    let mut byte = [0];
+    loop {
+        if output.read(&mut byte)? == 0 {
+            bail!("the guest said nothing");
+        }
+        if byte == *b"x" {
+            break;
+        }
+    }
+    let start = started.elapsed();
+    let process = PathBuf::from(format!("/proc/{}", child.0.id()));
+    let (rss, pss) = memory(&fs::read_to_string(process.join("smaps"))?);
+    let count = |folder| fs::read_dir(process.join(folder)).map(Iterator::count);
+    Ok(Figures {
+        start,
+        rss,
+        pss,
+        threads: count("task")?,
+        fds: count("fd")?,
+    })
+}
+
+/// A process that does not outlive its measurement.
+struct Running(Child);
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        // One that has ended already cannot be killed.
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// Resident and proportional memory in KiB, without the mapping of guest RAM: the one that is as large as it.
+fn memory(smaps: &str) -> (u64, u64) {
+    const GUEST_RAM_KIB: u64 = 512 << 10;
+    let (mut rss, mut pss) = (0, 0);
+    let mut is_ram = false;
+    for line in smaps.lines() {
+        let mut words = line.split_ascii_whitespace();
+        let (Some(key), Some(value)) = (words.next(), words.next()) else {
+            continue;
+        };
+        let Ok(kib) = value.parse::<u64>() else {
+            continue;
+        };
+        match key {
+            "Size:" => is_ram = kib >= GUEST_RAM_KIB,
+            "Rss:" if !is_ram => rss += kib,
+            "Pss:" if !is_ram => pss += kib,
+            _ => {}
+        }
+    }
+    (rss, pss)
+}
+
+fn percentile(runs: &[Figures], percent: usize, of: impl Fn(&Figures) -> f64) -> f64 {
+    let mut values: Vec<_> = runs.iter().map(of).collect();
+    values.sort_by(f64::total_cmp);
+    let index = values.len().saturating_sub(1) * percent / 100;
+    values.get(index).copied().unwrap_or(f64::NAN)
+}
