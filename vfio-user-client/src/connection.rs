@@ -162,22 +162,26 @@ impl Connection {
         let ticket = self.begin(request, &deadline)?;
         let header = Header::command(ticket.id, request.command, request.payload_size());
         let sent = self.send(&header, request, &deadline);
-        let mut shared = self.sent(&header);
+        let mut shared = self.end_turn();
         if let Err(error) = sent {
             shared.calls.cancel(&ticket);
-            self.leave(shared);
-            return Err(error);
+            return Err(self.fail(shared, error));
         }
         shared.counters.calls += 1;
+        shared.counters.bytes_sent += u64::from(header.size);
         let place = Place::Answer(ticket.slot());
         let fetch = |shared: &mut Shared| shared.calls.fetch(&ticket);
-        let (mut shared, outcome) = self.wait(shared, place, &deadline, fetch);
-        match &outcome {
-            Ok(outcome) => shared.count(outcome, &deadline),
-            Err(_) => shared.calls.abandon(&ticket),
+        match self.wait(shared, place, &deadline, fetch) {
+            (mut shared, Ok(outcome)) => {
+                shared.count(&outcome, &deadline);
+                self.leave(shared);
+                self.reply(request.command, outcome)
+            }
+            (mut shared, Err(error)) => {
+                shared.calls.abandon(&ticket);
+                Err(self.fail(shared, error))
+            }
         }
-        self.leave(shared);
-        self.reply(request.command, outcome?)
     }
 
     /// Sends a command that the server is not to answer. Returns `false`, and sends nothing, if the server has to be
@@ -194,10 +198,14 @@ impl Connection {
         let mut header = Header::command(0, request.command, request.payload_size());
         header.flags |= MessageFlags::NO_REPLY.bits();
         let sent = self.send(&header, request, &deadline);
-        let mut shared = self.sent(&header);
-        shared.counters.posts += u64::from(sent.is_ok());
+        let mut shared = self.end_turn();
+        if let Err(error) = sent {
+            return Err(self.fail(shared, error));
+        }
+        shared.counters.posts += 1;
+        shared.counters.bytes_sent += u64::from(header.size);
         self.leave(shared);
-        sent.map(|()| true)
+        Ok(true)
     }
 
     /// Takes no more calls, and waits until those on their way have ended.
@@ -205,6 +213,8 @@ impl Connection {
         let mut shared = self.lock();
         if shared.state == State::Ready {
             shared.state = State::Draining;
+            // Those who wait for a turn will have none.
+            self.turn.notify_all();
         }
         let deadline = Deadline::new(None, limit);
         let idle = |shared: &mut Shared| shared.is_idle().then_some(());
@@ -252,6 +262,13 @@ impl Connection {
         shared.sending = ticket.is_some();
         // There is room, as `turn` has seen to.
         ticket.ok_or_else(|| deadline.error())
+    }
+
+    /// Counts a call that failed on this side, and gives up the lock.
+    fn fail(&self, mut shared: MutexGuard<'_, Shared>, error: ConnError) -> ConnError {
+        shared.counters.timeouts += u64::from(matches!(error, ConnError::TimedOut { .. }));
+        self.leave(shared);
+        error
     }
 
     /// What a call returns for its outcome.

@@ -93,6 +93,11 @@ impl Reader {
         Ok(self.filled)
     }
 
+    /// Whether all that has been received has been parsed.
+    pub(crate) fn is_parsed(&self) -> bool {
+        self.parsed == self.filled
+    }
+
     /// Parses what there is up to the end of the next command, if one ends there, and returns its header. Its payload
     /// is then in [`command`](Self::command). `None` means that all has been parsed.
     ///
@@ -164,7 +169,7 @@ impl Reader {
     /// The descriptors of the message that ends here.
     fn take_fds(&mut self) -> Fds {
         let mut fds = std::mem::take(&mut self.fds);
-        if self.parsed == self.filled {
+        if self.is_parsed() {
             fds.append(std::mem::take(&mut self.new_fds));
         }
         fds

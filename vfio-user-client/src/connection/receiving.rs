@@ -61,7 +61,6 @@ impl Connection {
             }
             let remaining = deadline.remaining();
             if remaining.is_zero() {
-                shared.counters.timeouts += 1;
                 return (shared, Err(deadline.error()));
             }
             shared = match shared.reader.take() {
@@ -83,24 +82,21 @@ impl Connection {
         if matches!(shared.watching, Interest::Input | Interest::InputOutput) {
             self.watch_for(&mut shared, Interest::End);
         }
-        if !shared.outbox.is_empty() {
+        if shared.has_full_outbox() {
+            events = PollFlags::OUT;
+        } else if !shared.outbox.is_empty() {
             events |= PollFlags::OUT;
-        }
-        if shared.outbox.len() > MAX_OUTBOX {
-            events.remove(PollFlags::IN);
         }
         drop(shared);
         let received = self.receive(&mut reader, events, limit);
         let mut shared = self.lock();
-        let count = match received {
-            Ok(count) => count,
-            Err(loss) => {
-                self.lose(&mut shared, loss);
-                0
-            }
-        };
+        let count = received.unwrap_or_else(|loss| {
+            self.lose(&mut shared, loss);
+            0
+        });
         shared.counters.bytes_received += count as u64;
-        loop {
+        self.flush(&mut shared);
+        while !shared.has_full_outbox() {
             match reader.parse(&mut shared.calls) {
                 Ok(None) => break,
                 Ok(Some(command)) => shared = self.serve_command(shared, &command, &reader),
@@ -112,7 +108,6 @@ impl Connection {
             }
         }
         shared.reader = Some(reader);
-        self.flush(&mut shared);
         self.call_next(&shared);
         let answered = shared.calls.take_wake();
         if answered != 0 {
@@ -175,10 +170,14 @@ impl Connection {
         events: PollFlags,
         limit: Duration,
     ) -> Result<usize, Loss> {
+        if !reader.is_parsed() && events.contains(PollFlags::IN) {
+            return Ok(0);
+        }
         let mut wait = Wait::Yes;
         if events != PollFlags::IN || limit < SLICE {
             wait = Wait::No;
             match self.socket.poll(events, limit) {
+                Ok(_) if !events.contains(PollFlags::IN) => return Ok(0),
                 Ok(ready) if ready.difference(PollFlags::OUT).is_empty() => return Ok(0),
                 Ok(_) => {}
                 Err(Errno::INTR) => return Ok(0),
@@ -234,8 +233,15 @@ impl Connection {
     }
 }
 
+impl Shared {
+    /// Whether the server has to take some answers before it gets more.
+    fn has_full_outbox(&self) -> bool {
+        self.outbox.len() > MAX_OUTBOX
+    }
+}
+
 /// How often the event loop reads at most before it turns to something else.
 const READS_PER_EVENT: usize = 16;
 
-/// From how many bytes of unsent answers on no more commands of the server are read.
+/// From how many bytes of unsent answers on nothing more is taken from the server.
 const MAX_OUTBOX: usize = 256 << 10;

@@ -27,10 +27,7 @@ impl Connection {
         let (shared, admitted) = self.wait(shared, Place::Turn, deadline, ready);
         match admitted.flatten() {
             Ok(()) => Ok(shared),
-            Err(error) => {
-                self.leave(shared);
-                Err(error)
-            }
+            Err(error) => Err(self.fail(shared, error)),
         }
     }
 
@@ -78,10 +75,9 @@ impl Connection {
     }
 
     /// Gives the right to send to whoever is next.
-    pub(super) fn sent(&self, header: &Header) -> MutexGuard<'_, Shared> {
+    pub(super) fn end_turn(&self) -> MutexGuard<'_, Shared> {
         let mut shared = self.lock();
         shared.sending = false;
-        shared.counters.bytes_sent += u64::from(header.size);
         self.flush(&mut shared);
         self.call_next(&shared);
         shared
@@ -110,7 +106,6 @@ impl Connection {
         }
         let remaining = deadline.remaining();
         if remaining.is_zero() {
-            shared.counters.timeouts += 1;
             return Err(deadline.error());
         }
         if let Some(reader) = shared.reader.take() {
