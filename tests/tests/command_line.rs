@@ -1,0 +1,151 @@
+//! Mistakes on the command line: each is one line that names the flag, exit status 1, and nothing is left behind.
+
+use std::os::unix::net::UnixListener;
+use std::process::Output;
+
+use tempfile::TempDir;
+use tests::outrigger::{self, has_kvm};
+use tests::tiny;
+
+fn run(arguments: &[&str]) -> Output {
+    outrigger::run(arguments).unwrap()
+}
+
+/// Expects that a command line fails with one line that has all of `parts` in it.
+fn expect_mistake(arguments: &[&str], parts: &[&str]) {
+    let output = run(arguments);
+    let said = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(output.status.code(), Some(1), "{arguments:?}: {said}");
+    assert_eq!(said.trim_end().lines().count(), 1, "{arguments:?}: {said}");
+    for part in parts {
+        assert!(said.contains(part), "{arguments:?}: no `{part}` in: {said}");
+    }
+    assert_eq!(output.stdout, b"");
+}
+
+#[test]
+fn files_that_cannot_be_booted_are_named() {
+    expect_mistake(
+        &["--kernel", "/no/such/kernel"],
+        &["--kernel /no/such/kernel", "No such file"],
+    );
+    expect_mistake(
+        &["--kernel", "/tmp"],
+        &["--kernel /tmp", "not a regular file"],
+    );
+    let kernel = tiny::guest(|code| code.halt()).unwrap();
+    let kernel = kernel.path().to_str().unwrap();
+    let initramfs = ["--kernel", kernel, "--initramfs", "/no/such/initramfs"];
+    expect_mistake(
+        &initramfs,
+        &["--initramfs /no/such/initramfs", "No such file"],
+    );
+}
+
+#[test]
+fn absurd_values_are_refused() {
+    let kernel = tiny::guest(|code| code.halt()).unwrap();
+    let kernel = kernel.path().to_str().unwrap();
+    for (flag, value, parts) in [
+        ("--memory", "size=1M", ["size=1048576", "64M"]),
+        ("--memory", "size=999999T", ["--memory", "1024T"]),
+        ("--memory", "size=much", ["size=much", "512M"]),
+        ("--memory", "sise=1G", ["unknown key `sise`", "size"]),
+        (
+            "--memory",
+            "size=1G,shared=off",
+            ["shared=off", "always shared"],
+        ),
+        ("--cpus", "0", ["--cpus", "between 1 and"]),
+        ("--cpus", "100000", ["--cpus", "between 1 and"]),
+        ("--cpus", "boot=many", ["--cpus", "boot=many"]),
+        ("--serial", "pty", ["--serial", "socket=PATH"]),
+        (
+            "--serial",
+            "file=/no/such/folder/file",
+            ["--serial file=/no/such/folder/file", "No such file"],
+        ),
+        ("--console", "tty", ["--console", "off"]),
+        (
+            "--user-device",
+            "id=d",
+            ["--user-device", "`socket=` is missing"],
+        ),
+        ("--user-device", "path=/s", ["unknown key `path`", "socket"]),
+    ] {
+        // The serial port is opened last, when there is a VM.
+        if flag == "--serial" && value.starts_with("file") && !has_kvm() {
+            continue;
+        }
+        expect_mistake(&["--kernel", kernel, flag, value], &parts);
+    }
+}
+
+#[test]
+fn files_that_are_no_kernels_are_refused() {
+    if !has_kvm() {
+        return;
+    }
+    for (contents, part) in [
+        (b"".as_slice(), "neither a bzImage nor an ELF file"),
+        (b"#!/bin/sh\n", "neither a bzImage nor an ELF file"),
+        (&[0; 4096], "neither a bzImage nor an ELF file"),
+        (b"\x7fELF", "--kernel"),
+    ] {
+        let folder = TempDir::new().unwrap();
+        let path = folder.path().join("kernel");
+        std::fs::write(&path, contents).unwrap();
+        let path = path.to_str().unwrap();
+        expect_mistake(&["--kernel", path], &["--kernel", path, part]);
+    }
+}
+
+#[test]
+fn sockets_without_a_server_are_named() {
+    if !has_kvm() {
+        return;
+    }
+    let kernel = tiny::guest(|code| code.halt()).unwrap();
+    let kernel = kernel.path().to_str().unwrap();
+    let folder = TempDir::new().unwrap();
+    let absent = folder.path().join("absent.sock");
+    let abandoned = folder.path().join("abandoned.sock");
+    drop(UnixListener::bind(&abandoned).unwrap());
+    for (socket, part) in [(absent, "No such file"), (abandoned, "refused")] {
+        let option = format!("socket={},id=disk", socket.display());
+        let parts = [
+            "--user-device",
+            socket.to_str().unwrap(),
+            "disk",
+            "start its server",
+            part,
+        ];
+        expect_mistake(&["--kernel", kernel, "--user-device", &option], &parts);
+    }
+}
+
+#[test]
+fn nothing_is_left_behind_by_a_serial_socket() {
+    if !has_kvm() {
+        return;
+    }
+    let folder = TempDir::new().unwrap();
+    let socket = folder.path().join("serial.sock");
+    let option = format!("socket={}", socket.display());
+    let kernel = tiny::guest(|code| code.power_off()).unwrap();
+    let arguments = [
+        "--kernel",
+        kernel.path().to_str().unwrap(),
+        "--serial",
+        &option,
+    ];
+    assert_eq!(run(&arguments).status.code(), Some(0));
+    assert!(!socket.exists());
+    // A socket of a VM that was killed is no obstacle.
+    drop(UnixListener::bind(&socket).unwrap());
+    assert_eq!(run(&arguments).status.code(), Some(0));
+    // That of one which runs is.
+    let _running = UnixListener::bind(&socket).unwrap();
+    expect_mistake(&arguments, &["--serial socket=", "in use"]);
+    assert!(socket.exists());
+}
