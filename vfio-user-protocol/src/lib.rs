@@ -32,9 +32,10 @@ pub use feature::{
 pub use header::{Command, Header, MessageFlags};
 pub use irq::{IrqFlags, IrqInfo, IrqSet, IrqSetFlags};
 pub use region::{
-    RegionAccess, RegionFlags, RegionInfo, RegionWrites, SparseArea, WriteMulti, sparse_areas,
+    RegionAccess, RegionFlags, RegionInfo, RegionWrites, SparseArea, WriteMulti,
+    encode_sparse_areas, sparse_areas,
 };
-pub use region_io_fds::{IoFd, IoFdFlags, RegionIoFds, io_fds};
+pub use region_io_fds::{IoFd, IoFdFlags, RegionIoFds, encode_io_fds, io_fds};
 pub use version::{Capabilities, Limits, TwinSocket, Version};
 
 use zerocopy::FromBytes;

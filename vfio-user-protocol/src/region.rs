@@ -119,8 +119,46 @@ fn areas(body: &[u8]) -> Result<Vec<SparseArea>, ProtocolError> {
     Ok(areas)
 }
 
+/// Appends the payload of a reply to `DEVICE_GET_REGION_INFO` that lists `areas` as the mappable ones.
+///
+/// The size, the flags that say so and the offset of the list are filled in. If the payload has more than `room` bytes,
+/// which is what the command's `argsz` says, the list is left out, and the size tells how much room it takes.
+pub fn encode_sparse_areas(
+    info: &RegionInfo,
+    areas: &[SparseArea],
+    room: u32,
+    payload: &mut Vec<u8>,
+) {
+    let size = size_of::<RegionInfo>()
+        + size_of::<CapabilityHeader>()
+        + size_of::<SparseList>()
+        + size_of_val(areas);
+    let mut info = *info;
+    info.argsz = u32::try_from(size).unwrap_or(u32::MAX);
+    info.flags |= RegionFlags::MMAP.bits();
+    if info.argsz > room {
+        payload.extend_from_slice(info.as_bytes());
+        return;
+    }
+    info.flags |= RegionFlags::CAPS.bits();
+    info.cap_offset = argsz::<RegionInfo>();
+    let header = CapabilityHeader {
+        id: SPARSE_MMAP,
+        _version: 1,
+        next: 0,
+    };
+    let list = SparseList {
+        count: u32::try_from(areas.len()).unwrap_or(u32::MAX),
+        _reserved: 0,
+    };
+    payload.extend_from_slice(info.as_bytes());
+    payload.extend_from_slice(header.as_bytes());
+    payload.extend_from_slice(list.as_bytes());
+    payload.extend_from_slice(areas.as_bytes());
+}
+
 /// The head of a capability (`struct vfio_info_cap_header` of `linux/vfio.h`).
-#[derive(Clone, Copy, FromBytes)]
+#[derive(Clone, Copy, FromBytes, IntoBytes, Immutable)]
 #[repr(C)]
 struct CapabilityHeader {
     id: u16,
@@ -130,7 +168,7 @@ struct CapabilityHeader {
 }
 
 /// The head of the body of a sparse mmap capability.
-#[derive(Clone, Copy, FromBytes)]
+#[derive(Clone, Copy, FromBytes, IntoBytes, Immutable)]
 #[repr(C)]
 struct SparseList {
     count: u32,
@@ -237,6 +275,40 @@ mod tests {
         let mut payload = info.as_bytes().to_vec();
         payload.extend(words.iter().flat_map(|word| word.to_ne_bytes()));
         payload
+    }
+
+    #[test]
+    fn a_list_of_areas_has_the_layout_of_the_specification() {
+        let info = RegionInfo {
+            flags: 3,
+            index: 2,
+            size: 0x4000,
+            ..RegionInfo::default()
+        };
+        let areas = [SparseArea {
+            offset: 0x1000,
+            size: 0x2000,
+        }];
+        let mut payload = Vec::new();
+        encode_sparse_areas(&info, &areas, 64, &mut payload);
+        let bytes = [
+            64, 0, 0, 0, 15, 0, 0, 0, 2, 0, 0, 0, 32, 0, 0, 0, // four words
+            0, 0x40, 0, 0, 0, 0, 0, 0, // size
+            0, 0, 0, 0, 0, 0, 0, 0, // offset
+            1, 0, 1, 0, 0, 0, 0, 0, // the list's header: id, version, no next
+            1, 0, 0, 0, 0, 0, 0, 0, // one area
+            0, 0x10, 0, 0, 0, 0, 0, 0, 0, 0x20, 0, 0, 0, 0, 0, 0,
+        ];
+        assert_eq!(payload, bytes);
+        assert_eq!(sparse_areas(&payload).unwrap().unwrap(), areas);
+
+        payload.clear();
+        encode_sparse_areas(&info, &areas, 63, &mut payload);
+        assert_eq!(
+            payload[..16],
+            [64, 0, 0, 0, 7, 0, 0, 0, 2, 0, 0, 0, 0, 0, 0, 0]
+        );
+        assert_eq!(payload.len(), 32);
     }
 
     /// The first word of a capability: its id and version 1.

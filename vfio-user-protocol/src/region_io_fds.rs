@@ -97,6 +97,37 @@ pub fn io_fds(payload: &[u8]) -> Result<Vec<IoFd>, ProtocolError> {
     entries.chunks_exact(stride).map(entry).collect()
 }
 
+/// Appends the payload of a reply to `DEVICE_GET_REGION_IO_FDS` for the region `index`, with entries as the
+/// specification has them.
+///
+/// If the payload has more than `room` bytes, which is what the command's `argsz` says, the entries are left out, and
+/// the size tells how much room they take.
+pub fn encode_io_fds(index: u32, entries: &[IoFd], room: u32, payload: &mut Vec<u8>) {
+    let size = size_of::<RegionIoFds>() + entries.len() * SPECIFIED_ENTRY;
+    let head = RegionIoFds {
+        argsz: u32::try_from(size).unwrap_or(u32::MAX),
+        flags: 0,
+        index,
+        count: u32::try_from(entries.len()).unwrap_or(u32::MAX),
+    };
+    payload.extend_from_slice(head.as_bytes());
+    if head.argsz > room {
+        return;
+    }
+    for entry in entries {
+        let head = EntryHead {
+            offset: entry.offset,
+            size: entry.size,
+            fd_index: entry.fd_index,
+            kind: entry.kind,
+            flags: entry.flags,
+            _padding: 0,
+        };
+        payload.extend_from_slice(head.as_bytes());
+        payload.extend_from_slice(entry.datamatch.as_bytes());
+    }
+}
+
 /// Reads one entry, of either size.
 fn entry(bytes: &[u8]) -> Result<IoFd, ProtocolError> {
     let (head, rest) = take::<EntryHead>(bytes)?;
@@ -112,7 +143,7 @@ fn entry(bytes: &[u8]) -> Result<IoFd, ProtocolError> {
 }
 
 /// The fields at the head of an entry, whatever its size and kind. The value to match is its last 8 bytes.
-#[derive(Clone, Copy, FromBytes)]
+#[derive(Clone, Copy, FromBytes, IntoBytes, Immutable)]
 #[repr(C)]
 struct EntryHead {
     offset: u64,
@@ -172,6 +203,16 @@ mod tests {
             payload(56, 1, &[])[..],
             [56, 0, 0, 0, 0, 0, 0, 0, 2, 0, 0, 0, 1, 0, 0, 0]
         );
+    }
+
+    #[test]
+    fn entries_are_written_as_the_specification_has_them() {
+        let mut written = Vec::new();
+        encode_io_fds(2, &[EXPECTED, EXPECTED], 96, &mut written);
+        assert_eq!(written, payload(96, 2, &ENTRY));
+        written.clear();
+        encode_io_fds(2, &[EXPECTED, EXPECTED], 95, &mut written);
+        assert_eq!(written, payload(96, 2, &[]));
     }
 
     #[test]
