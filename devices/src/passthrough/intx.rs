@@ -31,8 +31,12 @@ impl Intx {
         backend.arm(Irq::Intx, 0, &[line.trigger()])?;
         // A device that does not mask itself signals each time it has something to say.
         let mut unmasker = None;
-        if info.automasked && backend.unmask_on(Irq::Intx, line.resample()).is_err() {
-            unmasker = Some(Unmasker::start(line.clone(), backend.clone())?);
+        if info.automasked {
+            if backend.unmask_on(Irq::Intx, line.resample()).is_err() {
+                unmasker = Some(Unmasker::start(line.clone(), backend.clone())?);
+            }
+            // It may have masked itself for an interrupt of a line that it had before.
+            backend.unmask(Irq::Intx)?;
         }
         Ok(Self {
             _unmasker: unmasker,
