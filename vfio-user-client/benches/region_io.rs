@@ -275,32 +275,61 @@ fn settle() {
 }
 
 /// A server whose one region reads as zeros.
-fn echo(mut streams: Vec<UnixStream>) {
+fn echo(streams: Vec<UnixStream>) {
     settle();
     let mut twins = Vec::new();
-    let mut input = vec![0; 64 << 10];
+    let mut connections: Vec<_> = streams.into_iter().map(Echo::new).collect();
     loop {
         let mut ready = vec![true];
-        if streams.len() > 1 {
-            let mut fds: Vec<_> = streams
+        if connections.len() > 1 {
+            let mut fds: Vec<_> = connections
                 .iter()
-                .map(|stream| PollFd::new(stream, PollFlags::IN))
+                .map(|connection| PollFd::new(&connection.stream, PollFlags::IN))
                 .collect();
             poll(&mut fds, None).unwrap();
             ready = fds.iter().map(|fd| !fd.revents().is_empty()).collect();
         }
-        for (stream, _) in streams.iter_mut().zip(ready).filter(|(_, ready)| *ready) {
-            let Ok(received @ 1..) = stream.read(&mut input) else {
+        for (connection, ready) in connections.iter_mut().zip(ready) {
+            if ready && !connection.serve(&mut twins) {
                 return;
-            };
-            let mut rest = &input[..received];
-            while !rest.is_empty() {
-                let (header, _) = take::<Header>(rest).unwrap();
-                let (message, next) = rest.split_at(header.size as usize);
-                answer(stream, &header, &message[Header::SIZE..], &mut twins);
-                rest = next;
             }
         }
+    }
+}
+
+/// A connection of the server, with what it has received of a message that is not complete.
+struct Echo {
+    stream: UnixStream,
+    input: Vec<u8>,
+    filled: usize,
+}
+
+impl Echo {
+    fn new(stream: UnixStream) -> Self {
+        Self {
+            stream,
+            input: vec![0; 64 << 10],
+            filled: 0,
+        }
+    }
+
+    /// Receives once and answers every message that is complete. Returns `false` at the end of the connection.
+    fn serve(&mut self, twins: &mut Vec<UnixStream>) -> bool {
+        let Ok(received @ 1..) = self.stream.read(&mut self.input[self.filled..]) else {
+            return false;
+        };
+        self.filled += received;
+        let mut rest = &self.input[..self.filled];
+        while let Ok((header, _)) = take::<Header>(rest)
+            && let Some((message, next)) = rest.split_at_checked(header.size as usize)
+        {
+            answer(&mut self.stream, &header, &message[Header::SIZE..], twins);
+            rest = next;
+        }
+        let left = self.filled - rest.len()..self.filled;
+        self.filled = left.len();
+        self.input.copy_within(left, 0);
+        true
     }
 }
 

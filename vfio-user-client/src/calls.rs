@@ -32,6 +32,8 @@ pub(crate) struct Calls {
     outstanding: usize,
     /// How many of these nobody waits for.
     abandoned: usize,
+    /// How many have been answered, so that their callers are about to fetch the reply.
+    answered: usize,
     /// Number of the next command, by which one is later than another.
     sequence: u64,
     /// Buffers for payloads, to be used again.
@@ -88,6 +90,7 @@ impl Calls {
             limit: limit.clamp(1, MAX_CALLS),
             outstanding: 0,
             abandoned: 0,
+            answered: 0,
             sequence: 0,
             spare: Vec::with_capacity(MAX_CALLS),
             strays: 0,
@@ -137,12 +140,6 @@ impl Calls {
         })
     }
 
-    /// Takes back the place of a command that was not sent after all.
-    pub(crate) fn cancel(&mut self, ticket: &Ticket) {
-        self.outstanding -= 1;
-        self.free(ticket.slot);
-    }
-
     /// Fetches the reply, if it has come, and ends the call.
     pub(crate) fn fetch(&mut self, ticket: &Ticket) -> Option<Outcome> {
         let slot = self.slots.get_mut(ticket.slot)?;
@@ -151,6 +148,7 @@ impl Calls {
         };
         let payload = std::mem::take(&mut slot.payload);
         let fds = std::mem::take(&mut slot.fds);
+        self.answered -= 1;
         self.free(ticket.slot);
         if end == End::Payload {
             return Some(Outcome::Payload(payload, fds));
@@ -163,14 +161,29 @@ impl Calls {
         })
     }
 
-    /// Gives up waiting for the reply, which has not come. If it comes yet, it is dropped.
-    pub(crate) fn abandon(&mut self, ticket: &Ticket) {
-        if let Some(slot) = self.slots.get_mut(ticket.slot) {
-            slot.state = SlotState::Abandoned;
-            let payload = std::mem::take(&mut slot.payload);
-            self.abandoned += 1;
-            self.recycle(payload);
+    /// Ends the call without a reply. If the command `was_sent`, the reply may still come, and is dropped then.
+    pub(crate) fn abandon(&mut self, ticket: &Ticket, was_sent: bool) {
+        // A server can answer before it has the command.
+        if self.fetch(ticket).is_some() {
+            return;
         }
+        let Some(slot) = self.slots.get_mut(ticket.slot) else {
+            return;
+        };
+        let payload = std::mem::take(&mut slot.payload);
+        if was_sent {
+            slot.state = SlotState::Abandoned;
+            self.abandoned += 1;
+        } else {
+            self.outstanding -= 1;
+            self.free(ticket.slot);
+        }
+        self.recycle(payload);
+    }
+
+    /// Whether some caller is about to fetch its reply.
+    pub(crate) fn has_answered(&self) -> bool {
+        self.answered > 0
     }
 
     /// Takes back the buffer of a payload.
@@ -257,6 +270,7 @@ impl Replies for Calls {
         } else {
             slot.state = SlotState::Done(slot.end(header, &fds));
             slot.fds = fds.fds;
+            self.answered += 1;
             self.wake |= self.asleep & bit(number);
             self.asleep &= !bit(number);
         }

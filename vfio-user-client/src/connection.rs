@@ -164,7 +164,7 @@ impl Connection {
         let sent = self.send(&header, request, &deadline);
         let mut shared = self.end_turn();
         if let Err(error) = sent {
-            shared.calls.cancel(&ticket);
+            shared.calls.abandon(&ticket, false);
             return Err(self.fail(shared, error));
         }
         shared.counters.calls += 1;
@@ -178,7 +178,7 @@ impl Connection {
                 self.reply(request.command, outcome)
             }
             (mut shared, Err(error)) => {
-                shared.calls.abandon(&ticket);
+                shared.calls.abandon(&ticket, true);
                 Err(self.fail(shared, error))
             }
         }

@@ -7,6 +7,31 @@
 //!
 //! Any number of threads may call at once. Each sends its command by itself; one of those who wait reads the socket and
 //! hands the others their replies, so a call costs no switch to another thread.
+//!
+//! ```no_run
+//! # use std::{path::Path, sync::Arc};
+//! use vfio_user_client::{Client, ConnError, DmaError, GuestDma, Options};
+//!
+//! /// A VMM that has no memory for the device.
+//! struct NoMemory;
+//!
+//! impl GuestDma for NoMemory {
+//!     fn read(&self, _address: u64, _data: &mut [u8]) -> Result<(), DmaError> {
+//!         Err(DmaError)
+//!     }
+//!
+//!     fn write(&self, _address: u64, _data: &[u8]) -> Result<(), DmaError> {
+//!         Err(DmaError)
+//!     }
+//! }
+//!
+//! # fn main() -> Result<(), ConnError> {
+//! let client = Client::connect(Path::new("/run/device"), Arc::new(NoMemory), &Options::default())?;
+//! let mut register = [0; 4];
+//! client.region_read(0, 0x10, &mut register)?;
+//! # Ok(())
+//! # }
+//! ```
 
 #![forbid(unsafe_code)]
 #![warn(clippy::indexing_slicing)]

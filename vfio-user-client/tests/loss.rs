@@ -4,6 +4,7 @@
 
 mod support;
 
+use std::io::Read;
 use std::os::unix::net::UnixListener;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -11,6 +12,8 @@ use std::time::{Duration, Instant};
 use rustix::net::sockopt::set_socket_send_buffer_size;
 use support::{LONG, Memory, check_alive, connect, is_readable, kind, options, start};
 use vfio_user_client::{Client, ConnError, Loss, State};
+use vfio_user_protocol::{Header, take};
+use zerocopy::IntoBytes;
 
 const SHORT: Duration = Duration::from_millis(80);
 
@@ -119,6 +122,27 @@ fn a_deadline_in_the_middle_of_a_message_ends_the_connection() {
     }
     assert_eq!(kind(&result), "timed out");
     assert_eq!(client.state(), State::Lost(Loss::HalfSent));
+    server.join().unwrap();
+}
+
+#[test]
+fn an_answer_to_a_command_that_is_half_sent_changes_nothing() {
+    let (stream, server) = start(|mut peer| {
+        peer.agree("", &[]);
+        let mut header = [0; Header::SIZE];
+        peer.stream.read_exact(&mut header).unwrap();
+        let (header, _) = take::<Header>(&header).unwrap();
+        peer.send(header.reply(0).as_bytes());
+        thread::sleep(4 * SHORT);
+        while peer.try_receive().is_some() {}
+    });
+    set_socket_send_buffer_size(&stream, 1).unwrap();
+    let client = Client::handshake(stream, Memory::new(0), &options(SHORT)).unwrap();
+    let result = client.region_write(0, 0, &[0; 28 << 10]);
+    assert_eq!(kind(&result), "timed out");
+    assert_eq!(client.state(), State::Lost(Loss::HalfSent));
+    // It was the command's answer, but nobody wanted it any more.
+    assert_eq!(client.counters().strays, 0);
     server.join().unwrap();
 }
 

@@ -123,7 +123,8 @@ impl Connection {
     pub(super) fn leave(&self, mut shared: MutexGuard<'_, Shared>) {
         let asleep = shared.calls.asleep();
         let queued = shared.queued > 0;
-        let unread = shared.reader.is_some();
+        // Those who have been answered are awake: they come by here, and may well want to read again themselves.
+        let unread = shared.reader.is_some() && !shared.calls.has_answered();
         if unread && asleep == 0 && !queued {
             self.watch_while_idle(&mut shared);
         }
