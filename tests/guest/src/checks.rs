@@ -12,8 +12,8 @@ use anyhow::{Context, Result, ensure};
 use guest::{
     BAR_SIZES, CLASS_REVISION, DEVICE, DMA_ADDRESS, DMA_COMMAND, DMA_LENGTH, DMA_READ, DMA_SEED,
     DMA_STATUS, DMA_SUM, DMA_WRITE, INTX, MAGIC, MAGIC_VALUE, MAPPED, MSI_VECTORS, MSIX_VECTORS,
-    PBA_OFFSET, RAISE, RAM_DATA, RAM_OFFSET, RAM_TRAPS, SCRATCH, SERIAL_NUMBER, SUBSYSTEM, VENDOR,
-    checksum, pattern,
+    PBA_OFFSET, RAISE, RAM_DATA, RAM_OFFSET, RAM_TRAPS, RESETS, SCRATCH, SERIAL_NUMBER, SUBSYSTEM,
+    VENDOR, checksum, pattern,
 };
 
 use crate::dma::{Buffer, PAGE};
@@ -237,6 +237,7 @@ fn registers(device: &Device) -> Result<()> {
         registers.read::<u32>(at(MAGIC)) == MAGIC_VALUE,
         "BAR 0 does not start with the device's magic"
     );
+    println!("FACT resets {}", registers.read::<u32>(at(RESETS)));
 
     let scratch = at(SCRATCH);
     let value = 0x8899_aabb_ccdd_eeff_u64;
@@ -579,6 +580,9 @@ fn msix_mask(device: &Device) -> Result<()> {
         msix.pending()
     );
 
+    // A device is given a vector when that is first unmasked.
+    msix.mask(0, false);
+    msix.mask(0, true);
     msix.raise(0);
     msix.await_pending(1)?;
     msix.raise(0);

@@ -1,0 +1,43 @@
+//! The cases that need real kernels. Runs inside the lab; `tests/lab/README.md` says how to add one.
+
+mod boot;
+mod endings;
+mod no_kvm;
+mod serial;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::Parser;
+use tests::lab::{Images, Suite};
+
+/// Runs the lab's cases.
+#[derive(Debug, Parser)]
+struct Options {
+    /// The folder that tests/lab/setup.sh has filled
+    #[arg(long, default_value = "target/lab")]
+    lab: PathBuf,
+
+    /// Run only cases with one of these texts in their name
+    names: Vec<String>,
+}
+
+fn main() -> ExitCode {
+    let options = Options::parse();
+    let mut suite = Suite::new(Images::new(options.lab), options.names);
+    suite.run("no-kvm", no_kvm::refused);
+    suite.run("linux-6.12", boot::linux_6_12);
+    suite.run("linux-6.1-huge-pages", boot::linux_6_1_huge_pages);
+    suite.run("four-cpus-4g-two-devices", boot::four_cpus_4g_two_devices);
+    suite.run("elf-kernel-pvh", boot::elf_kernel_pvh);
+    suite.run("reset-restarts", endings::reset_restarts);
+    suite.run("no-reboot", endings::no_reboot);
+    suite.run("panic-resets", endings::panic_resets);
+    suite.run("sigterm", endings::sigterm);
+    suite.run("serial-file", serial::file);
+    suite.run("serial-socket", serial::socket);
+    suite.run("terminal-poweroff", serial::terminal_poweroff);
+    suite.run("terminal-sigterm", serial::terminal_sigterm);
+    suite.run("terminal-escape", serial::terminal_escape);
+    suite.close()
+}

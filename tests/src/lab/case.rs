@@ -1,0 +1,145 @@
+//! What a case is given: a folder of its own, device servers, and guests to boot.
+
+use std::cell::Cell;
+use std::env;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use tempfile::TempDir;
+
+use super::Process;
+
+/// How long a guest may take to boot and to report, on a slow machine.
+pub const BOOT: Duration = Duration::from_secs(180);
+/// How long anything else may take.
+pub const SOON: Duration = Duration::from_secs(20);
+
+/// What `tests/lab/setup.sh` has made: kernels and initramfs images.
+#[derive(Clone, Debug)]
+pub struct Images {
+    folder: PathBuf,
+}
+
+impl Images {
+    /// The images under the folder `target/lab`.
+    pub fn new(folder: PathBuf) -> Self {
+        Self { folder }
+    }
+
+    /// The bzImage of a kernel version.
+    pub fn kernel(&self, version: &str) -> PathBuf {
+        self.folder.join("kernels").join(version).join("vmlinuz")
+    }
+
+    /// The same as an ELF file with a PVH note.
+    pub fn elf_kernel(&self, version: &str) -> PathBuf {
+        self.folder.join(format!("images/vmlinux-{version}"))
+    }
+
+    /// The initramfs with the guest program and the modules of a kernel version.
+    pub fn initramfs(&self, version: &str) -> PathBuf {
+        self.folder.join(format!("images/initramfs-{version}.cpio"))
+    }
+
+    /// Where logs are kept.
+    pub fn logs(&self) -> PathBuf {
+        self.folder.join("logs")
+    }
+}
+
+/// A case that is running.
+#[derive(Debug)]
+pub struct Case<'a> {
+    name: &'a str,
+    images: &'a Images,
+    folder: TempDir,
+    programs: PathBuf,
+    devices: Vec<Process>,
+    started: Cell<usize>,
+}
+
+impl<'a> Case<'a> {
+    pub(super) fn new(name: &'a str, images: &'a Images) -> Result<Self> {
+        let programs = env::current_exe()?;
+        let programs = programs.parent().context("this program is nowhere")?;
+        Ok(Self {
+            name,
+            images,
+            folder: tempfile::tempdir()?,
+            programs: programs.to_owned(),
+            devices: Vec::new(),
+            started: Cell::new(0),
+        })
+    }
+
+    /// A path in a folder that ends with the case.
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.folder.path().join(name)
+    }
+
+    /// The kernels and initramfs images.
+    pub fn images(&self) -> &Images {
+        self.images
+    }
+
+    /// Starts a program, with a log of its own.
+    ///
+    /// # Errors
+    /// When it does not start.
+    pub fn start(&self, command: &mut Command) -> Result<Process> {
+        self.started.set(self.started.get() + 1);
+        let program = Path::new(command.get_program())
+            .file_name()
+            .unwrap_or_default();
+        let number = self.started.get();
+        let log = format!("{}.{number}-{}.log", self.name, program.display());
+        Process::start(command, &self.images.logs().join(log))
+    }
+
+    /// Starts a server with a test device that lives as long as the case, and returns the path of its socket.
+    ///
+    /// # Errors
+    /// When it does not listen.
+    pub fn device(&mut self) -> Result<PathBuf> {
+        let socket = self.path(&format!("device-{}", self.devices.len()));
+        let mut command = Process::command(&self.programs.join("test-device"));
+        command
+            .env("RUST_LOG", "debug")
+            .arg("--socket")
+            .arg(&socket);
+        let mut server = self.start(&mut command)?;
+        server.wait_for("listening", SOON)?;
+        self.devices.push(server);
+        Ok(socket)
+    }
+
+    /// Outrigger, without arguments.
+    pub fn outrigger(&self) -> Command {
+        Process::command(&self.programs.join("outrigger"))
+    }
+
+    /// Outrigger with a Debian kernel. `parameters` are added to its command line.
+    pub fn linux(&self, version: &str, parameters: &str) -> Command {
+        self.linux_image(&self.images.kernel(version), version, parameters)
+    }
+
+    /// Outrigger with a kernel image of version `version`.
+    pub fn linux_image(&self, kernel: &Path, version: &str, parameters: &str) -> Command {
+        let mut command = self.outrigger();
+        command.arg("--kernel").arg(kernel);
+        command
+            .arg("--initramfs")
+            .arg(self.images.initramfs(version));
+        command
+            .arg("--cmdline")
+            .arg(format!("console=ttyS0 quiet panic=-1 {parameters}"));
+        command
+    }
+}
+
+/// The value of `--user-device` for the server at `socket`.
+pub fn user_device(socket: &Path) -> String {
+    format!("socket={}", socket.display())
+}

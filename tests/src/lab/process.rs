@@ -1,0 +1,235 @@
+//! A program that a test has started.
+
+use std::fs::File;
+use std::io::{BufRead, BufReader, Read, Write};
+use std::path::Path;
+use std::process::{Command, ExitStatus, Stdio};
+use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, anyhow, bail};
+use rustix::process::{Pid, Signal, kill_process};
+
+/// A program, what it says, and how it ends. It is killed when this is dropped.
+#[derive(Debug)]
+pub struct Process {
+    pid: Pid,
+    sender: Sender<Event>,
+    events: Receiver<Event>,
+    lines: Vec<Line>,
+    read: usize,
+    exit: Option<Exit>,
+    log: File,
+}
+
+/// A line that a program has written.
+#[derive(Clone, Debug)]
+pub struct Line {
+    /// When it was complete.
+    pub at: Instant,
+    /// Where it was written to.
+    pub stream: Stream,
+    /// The line without its end.
+    pub text: String,
+}
+
+/// Where a program writes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Stream {
+    /// Standard output.
+    Output,
+    /// Standard error.
+    Error,
+    /// Something that the test [follows](Process::follow).
+    Followed,
+}
+
+/// The end of a program.
+#[derive(Clone, Copy, Debug)]
+pub struct Exit {
+    /// When it ended.
+    pub at: Instant,
+    /// How it ended.
+    pub status: ExitStatus,
+}
+
+#[derive(Debug)]
+enum Event {
+    Line(Line),
+    Exit(Exit),
+}
+
+impl Process {
+    /// Starts a program. Its input is empty and its output is collected, unless the command says otherwise; all its
+    /// lines are written to the file `log` too.
+    ///
+    /// # Errors
+    /// When the program cannot be started.
+    pub fn start(command: &mut Command, log: &Path) -> Result<Self> {
+        let mut log = File::create(log).with_context(|| format!("creating {}", log.display()))?;
+        writeln!(log, "+ {command:?}")?;
+        let (sender, events) = mpsc::channel();
+        let mut child = command
+            .spawn()
+            .with_context(|| format!("starting {}", command.get_program().display()))?;
+        let pid = Pid::from_child(&child);
+        let mut readers = Vec::new();
+        if let Some(output) = child.stdout.take() {
+            readers.push(collect(output, Stream::Output, sender.clone()));
+        }
+        if let Some(errors) = child.stderr.take() {
+            readers.push(collect(errors, Stream::Error, sender.clone()));
+        }
+        let exits = sender.clone();
+        thread::spawn(move || {
+            let Ok(status) = child.wait() else { return };
+            let at = Instant::now();
+            // Whoever hears of the exit has heard everything before it.
+            readers.into_iter().for_each(|reader| drop(reader.join()));
+            let _ = exits.send(Event::Exit(Exit { at, status }));
+        });
+        Ok(Self {
+            pid,
+            sender,
+            events,
+            lines: Vec::new(),
+            read: 0,
+            exit: None,
+            log,
+        })
+    }
+
+    /// A command whose input is empty and whose output is collected.
+    pub fn command(program: &Path) -> Command {
+        let mut command = Command::new(program);
+        command
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped());
+        command
+    }
+
+    /// Collects the lines of something else to which the program writes.
+    pub fn follow(&self, source: impl Read + Send + 'static) {
+        collect(source, Stream::Followed, self.sender.clone());
+    }
+
+    /// Waits for a line that contains `text`, beginning after the line that was waited for last.
+    ///
+    /// # Errors
+    /// When the deadline passes or the program ends before there is such a line.
+    pub fn wait_for(&mut self, text: &str, patience: Duration) -> Result<Line> {
+        let deadline = Instant::now() + patience;
+        loop {
+            while let Some(line) = self.lines.get(self.read) {
+                self.read += 1;
+                if line.text.contains(text) {
+                    return Ok(line.clone());
+                }
+            }
+            match self.exit {
+                Some(exit) => bail!("no {text:?} before it ended with {}", exit.status),
+                None => self
+                    .next(deadline)
+                    .with_context(|| format!("no {text:?}"))?,
+            }
+        }
+    }
+
+    /// Waits for the program to end.
+    ///
+    /// # Errors
+    /// When the deadline passes before.
+    pub fn wait(&mut self, patience: Duration) -> Result<Exit> {
+        let deadline = Instant::now() + patience;
+        loop {
+            match self.exit {
+                Some(exit) => return Ok(exit),
+                None => self.next(deadline).context("it did not end")?,
+            }
+        }
+    }
+
+    /// The lines so far.
+    pub fn lines(&self) -> &[Line] {
+        &self.lines
+    }
+
+    /// Sends a signal.
+    ///
+    /// # Errors
+    /// When the program has ended already.
+    pub fn signal(&mut self, signal: Signal) -> Result<()> {
+        self.drain();
+        if let Some(exit) = self.exit {
+            bail!("it has ended with {}", exit.status);
+        }
+        kill_process(self.pid, signal).context("sending a signal")
+    }
+
+    fn next(&mut self, deadline: Instant) -> Result<()> {
+        let patience = deadline.saturating_duration_since(Instant::now());
+        match self.events.recv_timeout(patience) {
+            Ok(event) => {
+                self.take(event);
+                Ok(())
+            }
+            Err(RecvTimeoutError::Timeout) => Err(anyhow!("the deadline has passed")),
+            Err(RecvTimeoutError::Disconnected) => Err(anyhow!("nobody listens to it")),
+        }
+    }
+
+    fn drain(&mut self) {
+        while let Ok(event) = self.events.try_recv() {
+            self.take(event);
+        }
+    }
+
+    fn take(&mut self, event: Event) {
+        match event {
+            Event::Exit(exit) => {
+                let _ = writeln!(self.log, "= {}", exit.status);
+                self.exit = Some(exit);
+            }
+            Event::Line(line) => {
+                let mark = match line.stream {
+                    Stream::Output | Stream::Followed => "",
+                    Stream::Error => "! ",
+                };
+                let _ = writeln!(self.log, "{mark}{}", line.text);
+                self.lines.push(line);
+            }
+        }
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        self.drain();
+        if self.exit.is_none() {
+            let _ = kill_process(self.pid, Signal::KILL);
+        }
+    }
+}
+
+fn collect(
+    source: impl Read + Send + 'static,
+    stream: Stream,
+    lines: Sender<Event>,
+) -> JoinHandle<()> {
+    thread::spawn(move || {
+        let mut source = BufReader::new(source);
+        let mut bytes = Vec::new();
+        // An error is an end as well: it is what a terminal says when its other side is closed.
+        while let Ok(1..) = source.read_until(b'\n', &mut bytes) {
+            let text = String::from_utf8_lossy(&bytes);
+            let text = text.trim_end_matches(['\r', '\n']).to_owned();
+            let at = Instant::now();
+            if lines.send(Event::Line(Line { at, stream, text })).is_err() {
+                return;
+            }
+            bytes.clear();
+        }
+    })
+}

@@ -1,0 +1,94 @@
+//! Runs cases and keeps the score.
+
+use std::ffi::OsStr;
+use std::fs;
+use std::process::ExitCode;
+use std::time::Instant;
+
+use anyhow::Result;
+
+use super::{Case, Images};
+
+/// The score of a run.
+#[derive(Debug)]
+pub struct Suite {
+    images: Images,
+    selection: Vec<String>,
+    passed: u32,
+    failed: u32,
+    skipped: u32,
+}
+
+impl Suite {
+    /// A suite that runs those cases whose name contains one of `selection`; all of them when that is empty.
+    pub fn new(images: Images, selection: Vec<String>) -> Self {
+        Self {
+            images,
+            selection,
+            passed: 0,
+            failed: 0,
+            skipped: 0,
+        }
+    }
+
+    /// Runs a case and prints how it went.
+    pub fn run(&mut self, name: &str, case: fn(&mut Case<'_>) -> Result<()>) {
+        if !self.selection.is_empty() && !self.selection.iter().any(|part| name.contains(part)) {
+            self.skipped += 1;
+            return;
+        }
+        let start = Instant::now();
+        let result = Case::new(name, &self.images).and_then(|mut context| case(&mut context));
+        match result {
+            Ok(()) => {
+                self.passed += 1;
+                println!("ok {name} ({:.1} s)", start.elapsed().as_secs_f64());
+            }
+            Err(error) => {
+                self.failed += 1;
+                println!("FAILED {name}: {error:#}");
+                self.show_logs(name);
+            }
+        }
+    }
+
+    /// Prints the last lines that the programs of a case have written.
+    fn show_logs(&self, name: &str) {
+        let Ok(entries) = fs::read_dir(self.images.logs()) else {
+            return;
+        };
+        let mut paths: Vec<_> = entries.flatten().map(|entry| entry.path()).collect();
+        paths.sort();
+        for path in paths {
+            let Some(file) = path.file_name().and_then(OsStr::to_str) else {
+                continue;
+            };
+            if let Some(log) = file.strip_prefix(name)
+                && log.starts_with('.')
+            {
+                let text = fs::read(&path).unwrap_or_default();
+                let text = String::from_utf8_lossy(&text);
+                let lines: Vec<_> = text.lines().collect();
+                println!("  the end of {}:", path.display());
+                lines
+                    .iter()
+                    .skip(lines.len().saturating_sub(15))
+                    .for_each(|line| println!("  | {line}"));
+            }
+        }
+    }
+
+    /// Prints the score.
+    pub fn close(self) -> ExitCode {
+        print!("{} passed, {} failed", self.passed, self.failed);
+        match self.skipped {
+            0 => println!(),
+            skipped => println!(", {skipped} skipped"),
+        }
+        if self.failed == 0 && self.passed > 0 {
+            ExitCode::SUCCESS
+        } else {
+            ExitCode::FAILURE
+        }
+    }
+}
