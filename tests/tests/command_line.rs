@@ -50,6 +50,18 @@ fn absurd_values_are_refused() {
         ("--memory", "size=1M", ["size=1048576", "64M"]),
         ("--memory", "size=999999T", ["--memory", "1024T"]),
         ("--memory", "size=much", ["size=much", "512M"]),
+        ("--memory", "size=", ["size=", "512M"]),
+        (
+            "--memory",
+            "size=99999999999999999999",
+            ["--memory", "512M"],
+        ),
+        ("--memory", "size=1G,size=2G", ["--memory", "twice"]),
+        (
+            "--memory",
+            "hugepages=maybe",
+            ["hugepages=maybe", "on or off"],
+        ),
         ("--memory", "sise=1G", ["unknown key `sise`", "size"]),
         (
             "--memory",
@@ -79,6 +91,15 @@ fn absurd_values_are_refused() {
         }
         expect_mistake(&["--kernel", kernel, flag, value], &parts);
     }
+}
+
+#[test]
+fn unknown_flags_are_named() {
+    expect_mistake(
+        &["--kernel", "k", "--frobnicate"],
+        &["--frobnicate", "--help"],
+    );
+    expect_mistake(&[], &["--kernel", "--help"]);
 }
 
 #[test]

@@ -63,11 +63,12 @@ impl Cli {
     /// Parses the command line. A mistake has been reported when this returns an exit status.
     pub(crate) fn from_arguments() -> Result<Self, ExitCode> {
         Self::try_parse().map_err(|error| {
-            // If standard error is gone, there is nobody to tell.
-            let _ = error.print();
             if error.use_stderr() {
+                eprintln!("outrigger: {}; see outrigger --help", one_line(&error));
                 ExitCode::FAILURE
             } else {
+                // If standard output is gone, there is nobody to tell.
+                let _ = error.print();
                 ExitCode::SUCCESS
             }
         })
@@ -125,6 +126,14 @@ impl Cli {
         config.validate()?;
         Ok(config)
     }
+}
+
+/// What clap says first, without the usage that it adds.
+fn one_line(error: &clap::Error) -> String {
+    let text = error.to_string();
+    let lines = text.lines().take_while(|line| !line.is_empty());
+    let words: Vec<_> = lines.flat_map(str::split_whitespace).collect();
+    words.join(" ").trim_start_matches("error: ").to_owned()
 }
 
 #[cfg(test)]

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! 0                 real-mode data, boot structures (see below), low RAM
-//! 0x000e_0000       ACPI tables, to 1 MiB
+//! 0x000e_0000       ACPI tables and the reset vector, to 1 MiB
 //! 0x0010_0000       kernel, initramfs, RAM
 //! 0xc000_0000       end of low RAM; 32-bit window of the PCI host bridge
 //! 0xe000_0000       ECAM of bus 0 to 255
@@ -37,7 +37,9 @@ pub(crate) const CMDLINE: u64 = 0x2_0000;
 /// The most that a command line may take, its final NUL included.
 pub(crate) const CMDLINE_MAX: usize = 0x1_0000;
 /// The RSDP and the tables behind it.
-pub(crate) const ACPI_TABLES: RangeInclusive<u64> = 0xe_0000..=0xf_ffff;
+pub(crate) const ACPI_TABLES: RangeInclusive<u64> = 0xe_0000..=RESET_VECTOR - 1;
+/// Where a PC's BIOS is entered in real mode: f000:fff0. Reserved with the ACPI tables.
+pub(crate) const RESET_VECTOR: u64 = 0xf_fff0;
 /// Where a kernel is loaded that does not ask for another address.
 pub(crate) const HIGH_MEMORY: u64 = 0x10_0000;
 

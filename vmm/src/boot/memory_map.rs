@@ -32,7 +32,7 @@ pub(super) fn memory_map(ram: &GuestMemoryMmap) -> Vec<Entry> {
         entry(
             Kind::Reserved,
             *layout::ACPI_TABLES.start(),
-            *layout::ACPI_TABLES.end() + 1,
+            layout::HIGH_MEMORY,
         ),
     ];
     for region in ram.iter() {

@@ -8,6 +8,7 @@ mod cpu;
 mod linux;
 mod memory_map;
 mod pvh;
+mod reset_vector;
 
 use std::fs::File;
 use std::io::{self, Seek};
@@ -141,6 +142,7 @@ impl Payload {
 
     /// Loads everything into RAM; the ACPI tables are there already, with their RSDP at `rsdp`.
     pub(crate) fn load(&self, ram: &GuestMemoryMmap, rsdp: u64) -> Result<BootState, BootError> {
+        reset_vector::write_reset_vector(ram)?;
         let mut magic = [0; 4];
         self.kernel.read_at(&mut magic, 0)?;
         if magic == *b"\x7fELF" {

@@ -1,0 +1,46 @@
+# Everything here does its own set-up and can be repeated. `make help` tells what there is.
+
+SHELL := bash
+.DEFAULT_GOAL := help
+
+# How long the lab may take, in seconds.
+LAB_DEADLINE ?= 2400
+
+CARGO ?= cargo
+RELEASE := target/release
+PROGRAMS := --package vmm --bin outrigger --package tests --bin test-device --bin lab-cases --bin bench
+
+.PHONY: help demo test unit lab setup programs bench lint clean
+
+help: ## Shows this list
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1|\2/p' $(MAKEFILE_LIST) | column -t -s '|'
+
+demo: programs ## Boots a stock Debian kernel with a vfio-user device and shows the guest using it
+	@tests/lab/demo.sh
+
+test: unit lab ## Runs every test: unit, property, tiny guests on /dev/kvm, and Linux guests in the lab
+
+unit: ## Runs the tests that need no Linux guest
+	@test -w /dev/kvm || echo 'SKIPPED: there is no usable /dev/kvm, so none of the tiny guests runs below'
+	$(CARGO) test --workspace --locked
+
+lab: programs ## Runs the cases that boot Linux guests
+	@tests/lab/run.sh $(LAB_DEADLINE) $(RELEASE)/lab-cases $(CASES)
+
+setup: ## Fetches what the lab needs: packages, kernels, initramfs images
+	@tests/lab/setup.sh
+
+programs: setup
+	$(CARGO) build --release --locked $(PROGRAMS)
+
+bench: programs ## Measures start-up and memory; CLOUD_HYPERVISOR=PATH and QEMU=PATH are measured beside
+	$(RELEASE)/bench --outrigger $(RELEASE)/outrigger \
+	    $(if $(CLOUD_HYPERVISOR),--cloud-hypervisor $(CLOUD_HYPERVISOR)) $(if $(QEMU),--qemu $(QEMU))
+
+lint: ## Checks the format, the lints and the documentation
+	$(CARGO) fmt --all --check
+	$(CARGO) clippy --workspace --all-targets --locked -- -D warnings
+	RUSTDOCFLAGS='-D warnings' $(CARGO) doc --workspace --no-deps --document-private-items --locked
+
+clean: ## Removes all that was built and fetched
+	$(CARGO) clean
