@@ -15,6 +15,11 @@ logs=$lab/logs
 memory=${LAB_MEMORY:-6G}
 
 mkdir -p "$logs"
+exec {lock}>"$lab/lock"
+flock -n "$lock" || {
+    echo "lab: waiting for another run to end" >&2
+    flock "$lock"
+}
 {
     printf 'touch %q\n' "$logs/started"
     printf 'modprobe -a kvm_amd\n'

@@ -608,9 +608,9 @@ fn msix_mask(device: &Device) -> Result<()> {
     msix.mask(1, true);
     msix.raise(1);
     msix.await_pending(0b10)?;
-    msix.program(1, cpu, VECTORS[0].0);
+    msix.program(1, cpu, VECTORS[1].0);
     msix.mask(1, false);
-    settle(&[VECTORS[0].0]).context("the message was changed while it was pending")
+    settle(&[VECTORS[1].0]).context("the message was changed while it was pending")
 }
 
 /// Several messages of MSI, and its mask bits.

@@ -4,7 +4,7 @@ use std::fs::{self, File, OpenOptions};
 use std::io::Write;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
-use std::process::Stdio;
+use std::process::{Command, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -15,6 +15,8 @@ use rustix::termios::{LocalModes, Termios, tcgetattr};
 use tests::lab::{BOOT, Case, Process, SOON};
 
 const SHELL: &str = "outrigger.end=shell";
+/// The kernel talks from its first moment.
+const EARLY: &str = "earlyprintk=serial,ttyS0 loglevel=7";
 
 /// All output lands in the file, and none elsewhere.
 pub(crate) fn file(case: &mut Case<'_>) -> Result<()> {
@@ -68,8 +70,8 @@ pub(crate) fn terminal_poweroff(case: &mut Case<'_>) -> Result<()> {
 /// The terminal is as it was after SIGTERM.
 pub(crate) fn terminal_sigterm(case: &mut Case<'_>) -> Result<()> {
     let terminal = Terminal::open()?;
-    let mut vm = terminal.start(case, "earlyprintk=serial,ttyS0")?;
-    vm.wait_for("Linux version", BOOT)?;
+    let mut vm = terminal.start(case, EARLY)?;
+    vm.wait_for("Hypervisor detected: KVM", BOOT)?;
     vm.signal(Signal::TERM)?;
     let exit = vm.wait(SOON)?;
     ensure!(exit.status.success(), "after SIGTERM: {}", exit.status);
@@ -79,8 +81,8 @@ pub(crate) fn terminal_sigterm(case: &mut Case<'_>) -> Result<()> {
 /// Ctrl-A x leaves, and the terminal is as it was.
 pub(crate) fn terminal_escape(case: &mut Case<'_>) -> Result<()> {
     let mut terminal = Terminal::open()?;
-    let mut vm = terminal.start(case, "earlyprintk=serial,ttyS0")?;
-    vm.wait_for("Linux version", BOOT)?;
+    let mut vm = terminal.start(case, EARLY)?;
+    vm.wait_for("Hypervisor detected: KVM", BOOT)?;
     terminal.user.write_all(b"\x01x")?;
     let exit = vm.wait(SOON)?;
     ensure!(exit.status.success(), "after Ctrl-A x: {}", exit.status);
@@ -124,8 +126,12 @@ impl Terminal {
 
     /// Starts a guest on the terminal and waits until that is in raw mode.
     fn start(&self, case: &Case<'_>, parameters: &str) -> Result<Process> {
-        let mut command = case.linux("6.12", parameters);
+        let linux = case.linux("6.12", parameters);
+        // A session of its own, whose terminal this is, as a login has it.
+        let mut command = Command::new("setsid");
+        command.arg("--ctty").arg(linux.get_program());
         command
+            .args(linux.get_args())
             .stdin(self.program.try_clone()?)
             .stdout(self.program.try_clone()?);
         let vm = case.start(command.stderr(Stdio::piped()))?;
