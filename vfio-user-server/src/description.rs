@@ -1,0 +1,659 @@
+//! What a device is, as its author says it.
+
+use std::fs::File;
+use std::ops::Range;
+use std::sync::Arc;
+
+use rustix::fs::fstat;
+use thiserror::Error;
+
+use crate::config::{CONVENTIONAL_SIZE, ConfigSpace, EXPRESS_SIZE, command, register};
+
+/// What a PCI device is: its identity, its BARs, its capabilities, its interrupts and its doorbells.
+///
+/// Capabilities are laid out in the order in which they are added, from 0x40 on (0x100 for the extended ones), each at
+/// a multiple of 16.
+#[derive(Debug)]
+pub struct Description {
+    ids: Ids,
+    bars: [Option<Bar>; BARS],
+    /// A BAR that was added and cannot be.
+    wrong_bar: Option<u8>,
+    intx: bool,
+    msi: Option<u16>,
+    msix: Option<MsixTable>,
+    capabilities: Vec<Capability>,
+    extended: Vec<Capability>,
+    doorbells: Vec<Doorbell>,
+}
+
+/// Who made the device, and what it is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Ids {
+    /// Vendor id.
+    pub vendor: u16,
+    /// Device id.
+    pub device: u16,
+    /// Subsystem vendor id.
+    pub subsystem_vendor: u16,
+    /// Subsystem id.
+    pub subsystem: u16,
+    /// Revision id.
+    pub revision: u8,
+    /// Base class, subclass and programming interface, as in `0x01_08_02` for NVMe.
+    pub class: u32,
+}
+
+/// A base address register, and the region behind it.
+#[derive(Clone, Debug)]
+pub struct Bar {
+    size: u64,
+    kind: Kind,
+    file: Option<Arc<File>>,
+    areas: Vec<Range<u64>>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Kind {
+    Io,
+    Memory32 { prefetchable: bool },
+    Memory64 { prefetchable: bool },
+}
+
+/// Where the MSI-X table and its pending bits are. Accesses to both are served by the library.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct MsixTable {
+    /// Number of vectors, from 1 to 2048.
+    pub vectors: u16,
+    /// BAR of the table.
+    pub table_bar: u8,
+    /// Offset of the table in its BAR in bytes, a multiple of 8. An entry takes 16 bytes.
+    pub table_offset: u32,
+    /// BAR of the pending bits.
+    pub pending_bar: u8,
+    /// Offset of the pending bits in their BAR in bytes, a multiple of 8. They take 8 bytes for each 64 vectors.
+    pub pending_offset: u32,
+}
+
+/// A place in a BAR of which nothing but the fact that it was written to matters.
+///
+/// A VMM that can has it signal an eventfd, without a message and without the device's other registers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Doorbell {
+    /// The BAR.
+    pub bar: u8,
+    /// Offset in the BAR, in bytes.
+    pub offset: u64,
+    /// Size of the write in bytes: 1, 2, 4 or 8. Writes of other sizes do not ring.
+    pub size: u8,
+    /// The value that has to be written, or any.
+    pub value: Option<u64>,
+}
+
+/// A capability: its id, and the registers after its header.
+#[derive(Clone, Debug)]
+struct Capability {
+    id: u16,
+    version: u8,
+    body: Vec<u8>,
+    writable: Vec<u8>,
+}
+
+/// Why a description describes no device that could be.
+#[derive(Clone, Debug, PartialEq, Eq, Error)]
+pub enum DescriptionError {
+    /// There are six BARs, of which each can be added once.
+    #[error("there cannot be such a BAR {0}, or another")]
+    NoSuchBar(u8),
+    /// A BAR has a size that it cannot have: a power of two, from 4 to 256 bytes in I/O space, and from 16 bytes to
+    /// 2 GiB in memory space, or more with 64 bits.
+    #[error("BAR {bar} cannot have {size:#x} bytes")]
+    BarSize {
+        /// The BAR.
+        bar: u8,
+        /// Its size in bytes.
+        size: u64,
+    },
+    /// A 64-bit BAR takes two registers, and the second one is in use or is none.
+    #[error("BAR {0} has 64 bits and no room for them")]
+    UpperHalf(u8),
+    /// A mappable area does not consist of pages of the BAR and of its file, or the file is too short.
+    #[error("the area {area:#x?} of BAR {bar} cannot be mapped")]
+    Area {
+        /// The BAR.
+        bar: u8,
+        /// The area, in bytes.
+        area: Range<u64>,
+    },
+    /// The MSI-X table or the pending bits are not in their BAR, not aligned, or in a mappable area.
+    #[error("the MSI-X table or its pending bits cannot be where they are said to be")]
+    Msix,
+    /// MSI has 1, 2, 4, 8, 16 or 32 vectors, MSI-X 1 to 2048.
+    #[error("there cannot be {0} vectors")]
+    Vectors(u16),
+    /// A doorbell is not in its BAR, or in a mappable area, or has no possible size.
+    #[error("there can be no doorbell like {0:?}")]
+    Doorbell(Doorbell),
+    /// There are more doorbells than one message can carry descriptors for.
+    #[error("there are more than {MAX_DOORBELLS} doorbells")]
+    Doorbells,
+    /// The capabilities do not fit into configuration space. Extended ones need a PCI Express capability.
+    #[error("the capabilities do not fit into configuration space")]
+    Capabilities,
+}
+
+/// Number of BARs.
+pub(crate) const BARS: usize = 6;
+
+/// Most doorbells of a device: as many as one message can carry descriptors for.
+pub const MAX_DOORBELLS: usize = crate::socket::MAX_FDS;
+
+impl Description {
+    /// A device without anything but an identity.
+    pub fn new(ids: Ids) -> Self {
+        Self {
+            ids,
+            bars: [const { None }; BARS],
+            wrong_bar: None,
+            intx: false,
+            msi: None,
+            msix: None,
+            capabilities: Vec::new(),
+            extended: Vec::new(),
+            doorbells: Vec::new(),
+        }
+    }
+
+    /// Adds one of the six BARs.
+    #[must_use]
+    pub fn bar(mut self, index: u8, bar: Bar) -> Self {
+        match self.bars.get_mut(usize::from(index)) {
+            Some(slot @ None) => *slot = Some(bar),
+            _ => self.wrong_bar = Some(index),
+        }
+        self
+    }
+
+    /// Adds the wired interrupt INTA.
+    #[must_use]
+    pub fn intx(mut self) -> Self {
+        self.intx = true;
+        self
+    }
+
+    /// Adds MSI with so many vectors, with 64-bit addresses and mask bits.
+    #[must_use]
+    pub fn msi(mut self, vectors: u16) -> Self {
+        self.msi = Some(vectors);
+        let capable = vectors.checked_ilog2().unwrap_or(0);
+        let control = 0x0180 | u16::try_from(capable << 1).unwrap_or(0);
+        let mut body = vec![0; 0x16];
+        let mut writable = vec![0; 0x16];
+        put(&mut body, 0, &control.to_le_bytes());
+        put(&mut writable, 0, &0x0071_u16.to_le_bytes());
+        put(&mut writable, 2, &0xffff_fffc_u32.to_le_bytes());
+        put(&mut writable, 6, &u32::MAX.to_le_bytes());
+        put(&mut writable, 10, &u16::MAX.to_le_bytes());
+        let vectors = u32::try_from((1_u64 << vectors.min(32)) - 1).unwrap_or(u32::MAX);
+        put(&mut writable, 14, &vectors.to_le_bytes());
+        self.with(MSI, body, writable)
+    }
+
+    /// Adds MSI-X.
+    #[must_use]
+    pub fn msix(mut self, table: MsixTable) -> Self {
+        self.msix = Some(table);
+        let control = table.vectors.wrapping_sub(1) & 0x7ff;
+        let table_at = table.table_offset & !7 | u32::from(table.table_bar & 7);
+        let pending_at = table.pending_offset & !7 | u32::from(table.pending_bar & 7);
+        let mut body = control.to_le_bytes().to_vec();
+        body.extend(table_at.to_le_bytes());
+        body.extend(pending_at.to_le_bytes());
+        let mut writable = vec![0; 10];
+        put(&mut writable, 0, &0xc000_u16.to_le_bytes());
+        self.with(MSIX, body, writable)
+    }
+
+    /// Adds power management: D0 and D3hot, which keeps the device's state.
+    #[must_use]
+    pub fn power_management(self) -> Self {
+        // Version 3; No_Soft_Reset; the power state can be written.
+        let body = vec![0x03, 0, 0x08, 0, 0, 0];
+        let writable = vec![0, 0, 0x03, 0, 0, 0];
+        self.with(POWER_MANAGEMENT, body, writable)
+    }
+
+    /// Makes it a PCI Express endpoint, with 4096 bytes of configuration space and function-level reset.
+    #[must_use]
+    pub fn express(self) -> Self {
+        let mut body = vec![0; 0x3a];
+        let mut writable = vec![0; 0x3a];
+        // Version 2, endpoint.
+        put(&mut body, 0, &[0x02, 0]);
+        // Role-based error reporting and function-level reset.
+        put(&mut body, 2, &0x1000_8000_u32.to_le_bytes());
+        put(&mut body, 6, &0x2810_u16.to_le_bytes());
+        put(&mut writable, 6, &0x7fff_u16.to_le_bytes());
+        // A link of 2.5 GT/s with one lane.
+        put(&mut body, 10, &0x0000_0011_u32.to_le_bytes());
+        put(&mut body, 16, &0x0011_u16.to_le_bytes());
+        put(&mut writable, 14, &0x0040_u16.to_le_bytes());
+        // Completion timeout.
+        put(&mut writable, 38, &0x001f_u16.to_le_bytes());
+        self.with(EXPRESS, body, writable)
+    }
+
+    /// Adds a capability of any kind: its id, the bytes after the id and the pointer to the next, and which of their bits
+    /// can be written.
+    #[must_use]
+    pub fn capability(self, id: u8, body: &[u8], writable: &[u8]) -> Self {
+        self.with(id, body.to_vec(), writable.to_vec())
+    }
+
+    /// Adds the Device Serial Number.
+    #[must_use]
+    pub fn serial_number(self, number: u64) -> Self {
+        self.extended_capability(SERIAL_NUMBER, 1, &number.to_le_bytes(), &[])
+    }
+
+    /// Adds a vendor-specific extended capability: its id and revision, its registers, and which of their bits can be
+    /// written.
+    #[must_use]
+    pub fn vendor_specific(self, id: u16, revision: u8, registers: &[u8], writable: &[u8]) -> Self {
+        let size = u32::try_from(registers.len() + 8).unwrap_or(0) & 0xfff;
+        let head = u32::from(id) | u32::from(revision & 0xf) << 16 | size << 20;
+        let body = [&head.to_le_bytes(), registers].concat();
+        let writable = [&[0; 4], writable].concat();
+        self.extended_capability(VENDOR_SPECIFIC, 1, &body, &writable)
+    }
+
+    /// Adds an extended capability of any kind: its id and version, the bytes after its header, and which of their bits
+    /// can be written.
+    #[must_use]
+    pub fn extended_capability(
+        mut self,
+        id: u16,
+        version: u8,
+        body: &[u8],
+        writable: &[u8],
+    ) -> Self {
+        self.extended.push(Capability {
+            id,
+            version,
+            body: body.to_vec(),
+            writable: writable.to_vec(),
+        });
+        self
+    }
+
+    /// Adds a doorbell. They are numbered in the order in which they are added, from 0 on.
+    #[must_use]
+    pub fn doorbell(mut self, doorbell: Doorbell) -> Self {
+        self.doorbells.push(doorbell);
+        self
+    }
+
+    fn with(mut self, id: u8, body: Vec<u8>, writable: Vec<u8>) -> Self {
+        self.capabilities.push(Capability {
+            id: id.into(),
+            version: 0,
+            body,
+            writable,
+        });
+        self
+    }
+
+    /// Checks it, and lays it out.
+    pub(crate) fn lay_out(self) -> Result<Layout, DescriptionError> {
+        self.check_bars()?;
+        self.check_msix()?;
+        self.check_doorbells()?;
+        if let Some(vectors) = self.msi
+            && !matches!(vectors, 1 | 2 | 4 | 8 | 16 | 32)
+        {
+            return Err(DescriptionError::Vectors(vectors));
+        }
+        let (config, places) = self.config_space()?;
+        Ok(Layout {
+            config,
+            places,
+            bars: self.bars,
+            intx: self.intx,
+            msi: self.msi.unwrap_or(0),
+            msix: self.msix,
+            doorbells: self.doorbells,
+        })
+    }
+
+    fn check_bars(&self) -> Result<(), DescriptionError> {
+        if let Some(bar) = self.wrong_bar {
+            return Err(DescriptionError::NoSuchBar(bar));
+        }
+        for (index, bar) in (0_u8..).zip(&self.bars) {
+            let Some(bar) = bar else { continue };
+            let sizes = match bar.kind {
+                Kind::Io => 4..=256,
+                Kind::Memory32 { .. } => 16..=1 << 31,
+                Kind::Memory64 { .. } => 16..=1 << 62,
+            };
+            if !bar.size.is_power_of_two() || !sizes.contains(&bar.size) {
+                let size = bar.size;
+                return Err(DescriptionError::BarSize { bar: index, size });
+            }
+            let upper = self.bars.get(usize::from(index) + 1);
+            if matches!(bar.kind, Kind::Memory64 { .. }) && !matches!(upper, Some(None)) {
+                return Err(DescriptionError::UpperHalf(index));
+            }
+            bar.check_areas(index)?;
+        }
+        Ok(())
+    }
+
+    fn check_msix(&self) -> Result<(), DescriptionError> {
+        let Some(msix) = &self.msix else {
+            return Ok(());
+        };
+        if !(1..=2048).contains(&msix.vectors) {
+            return Err(DescriptionError::Vectors(msix.vectors));
+        }
+        let [table, pending] = [msix.table(), msix.pending()];
+        let fits = |bar: u8, range: &Range<u64>| {
+            range.start.is_multiple_of(8) && self.is_trapped(bar, range)
+        };
+        let apart = msix.table_bar != msix.pending_bar
+            || table.end <= pending.start
+            || pending.end <= table.start;
+        if fits(msix.table_bar, &table) && fits(msix.pending_bar, &pending) && apart {
+            Ok(())
+        } else {
+            Err(DescriptionError::Msix)
+        }
+    }
+
+    fn check_doorbells(&self) -> Result<(), DescriptionError> {
+        if self.doorbells.len() > MAX_DOORBELLS {
+            return Err(DescriptionError::Doorbells);
+        }
+        for doorbell in &self.doorbells {
+            let end = doorbell.offset.saturating_add(doorbell.size.into());
+            let fits = self.is_trapped(doorbell.bar, &(doorbell.offset..end));
+            let value_fits = match doorbell.value {
+                Some(value) => doorbell.size == 8 || value >> (8 * doorbell.size) == 0,
+                None => true,
+            };
+            if !matches!(doorbell.size, 1 | 2 | 4 | 8) || !fits || !value_fits {
+                return Err(DescriptionError::Doorbell(*doorbell));
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether a range is in a BAR and in no part of it that can be mapped.
+    fn is_trapped(&self, bar: u8, range: &Range<u64>) -> bool {
+        let Some(Some(bar)) = self.bars.get(usize::from(bar)) else {
+            return false;
+        };
+        let mapped = |area: &Range<u64>| area.start < range.end && range.start < area.end;
+        range.end <= bar.size && !bar.areas.iter().any(mapped)
+    }
+
+    fn config_space(&self) -> Result<(ConfigSpace, Places), DescriptionError> {
+        let is_express = self
+            .capabilities
+            .iter()
+            .any(|capability| capability.id == u16::from(EXPRESS));
+        let size = if is_express {
+            EXPRESS_SIZE
+        } else {
+            CONVENTIONAL_SIZE
+        };
+        let mut config = ConfigSpace::new(size);
+        self.define_header(&mut config);
+        let places = self.define_capabilities(&mut config)?;
+        self.define_extended(&mut config)?;
+        Ok((config, places))
+    }
+
+    fn define_header(&self, config: &mut ConfigSpace) {
+        let ids = &self.ids;
+        for (offset, id) in [
+            (register::VENDOR, ids.vendor),
+            (register::DEVICE, ids.device),
+            (register::SUBSYSTEM_VENDOR, ids.subsystem_vendor),
+            (register::SUBSYSTEM, ids.subsystem),
+        ] {
+            config.define(offset, &id.to_le_bytes(), &[0; 2]);
+        }
+        let class = ids.class << 8 | u32::from(ids.revision);
+        config.define(register::REVISION, &class.to_le_bytes(), &[0; 4]);
+        let mut writable = command::BUS_MASTER | command::PARITY | command::SERR;
+        for (index, bar) in self.bars.iter().enumerate() {
+            let Some(bar) = bar else { continue };
+            let offset = register::BAR + 4 * index;
+            let (flags, width) = match bar.kind {
+                Kind::Io => (1, 4),
+                Kind::Memory32 { prefetchable } => (u64::from(prefetchable) << 3, 4),
+                Kind::Memory64 { prefetchable } => (1 << 2 | u64::from(prefetchable) << 3, 8),
+            };
+            writable |= if bar.is_io() {
+                command::IO
+            } else {
+                command::MEMORY
+            };
+            let [value, mask] = [flags, !(bar.size - 1)].map(u64::to_le_bytes);
+            config.define(
+                offset,
+                value.get(..width).unwrap_or(&value),
+                mask.get(..width).unwrap_or(&mask),
+            );
+        }
+        if self.intx {
+            writable |= command::INTX_DISABLE;
+            config.define(register::INTERRUPT_PIN, &[1], &[0]);
+        }
+        config.define(register::INTERRUPT_LINE, &[0], &[0xff]);
+        config.define(register::CACHE_LINE_SIZE, &[0], &[0xff]);
+        config.define(register::COMMAND, &[0; 2], &writable.to_le_bytes());
+    }
+
+    fn define_capabilities(&self, config: &mut ConfigSpace) -> Result<Places, DescriptionError> {
+        let mut places = Places::default();
+        let mut offset = 0x40;
+        for (index, capability) in self.capabilities.iter().enumerate() {
+            let end = offset + 2 + capability.body.len();
+            let is_last = index + 1 == self.capabilities.len();
+            let next = end.next_multiple_of(16);
+            if end > CONVENTIONAL_SIZE || (!is_last && next >= CONVENTIONAL_SIZE) {
+                return Err(DescriptionError::Capabilities);
+            }
+            let pointer = if is_last { 0 } else { next };
+            let [id, pointer, place] = [capability.id.into(), pointer, offset]
+                .map(|value: usize| u8::try_from(value).unwrap_or(0));
+            if index == 0 {
+                config.define_capabilities(place);
+            }
+            config.define(offset, &[id, pointer], &[0; 2]);
+            config.define(offset + 2, &capability.body, &capability.writable);
+            match id {
+                MSI => places.msi = Some(offset),
+                MSIX => places.msix = Some(offset),
+                EXPRESS => places.express = Some(offset),
+                _ => {}
+            }
+            offset = next;
+        }
+        Ok(places)
+    }
+
+    fn define_extended(&self, config: &mut ConfigSpace) -> Result<(), DescriptionError> {
+        let mut offset = 0x100;
+        for (index, capability) in self.extended.iter().enumerate() {
+            let end = offset + 4 + capability.body.len();
+            let is_last = index + 1 == self.extended.len();
+            let next = end.next_multiple_of(16);
+            if end > config.size() || (!is_last && next >= config.size()) {
+                return Err(DescriptionError::Capabilities);
+            }
+            let pointer = u32::try_from(if is_last { 0 } else { next }).unwrap_or(0);
+            let version = u32::from(capability.version & 0xf);
+            let header = u32::from(capability.id) | version << 16 | pointer << 20;
+            config.define(offset, &header.to_le_bytes(), &[0; 4]);
+            config.define(offset + 4, &capability.body, &capability.writable);
+            offset = next;
+        }
+        Ok(())
+    }
+}
+
+// Capability ids (PCI Code and ID Assignment, 2 and 3).
+const POWER_MANAGEMENT: u8 = 0x01;
+const MSI: u8 = 0x05;
+const EXPRESS: u8 = 0x10;
+const MSIX: u8 = 0x11;
+const SERIAL_NUMBER: u16 = 0x0003;
+const VENDOR_SPECIFIC: u16 = 0x000b;
+
+impl Bar {
+    /// Registers in I/O space: 4 to 256 bytes.
+    pub fn io(size: u64) -> Self {
+        Self::new(size, Kind::Io)
+    }
+
+    /// Memory below 4 GiB.
+    pub fn memory32(size: u64) -> Self {
+        Self::new(
+            size,
+            Kind::Memory32 {
+                prefetchable: false,
+            },
+        )
+    }
+
+    /// Memory anywhere. It takes the next BAR's register too.
+    pub fn memory64(size: u64) -> Self {
+        Self::new(
+            size,
+            Kind::Memory64 {
+                prefetchable: false,
+            },
+        )
+    }
+
+    fn new(size: u64, kind: Kind) -> Self {
+        Self {
+            size,
+            kind,
+            file: None,
+            areas: Vec::new(),
+        }
+    }
+
+    /// Makes memory prefetchable: reads have no effect, and writes may be merged.
+    #[must_use]
+    pub fn prefetchable(mut self) -> Self {
+        self.kind = match self.kind {
+            Kind::Io => Kind::Io,
+            Kind::Memory32 { .. } => Kind::Memory32 { prefetchable: true },
+            Kind::Memory64 { .. } => Kind::Memory64 { prefetchable: true },
+        };
+        self
+    }
+
+    /// Lets the guest reach parts of memory without a message. The BAR begins where `file` does; the file should be a
+    /// memfd that is sealed against shrinking, as the VMM wants it.
+    ///
+    /// The device still has to serve messages for these areas: not every VMM maps them.
+    #[must_use]
+    pub fn mapped(mut self, file: Arc<File>, areas: impl IntoIterator<Item = Range<u64>>) -> Self {
+        self.file = Some(file);
+        self.areas.extend(areas);
+        self
+    }
+
+    fn check_areas(&self, index: u8) -> Result<(), DescriptionError> {
+        let length = self
+            .file
+            .as_ref()
+            .and_then(|file| fstat(file).ok())
+            .and_then(|stat| u64::try_from(stat.st_size).ok())
+            .unwrap_or(0);
+        for (at, area) in self.areas.iter().enumerate() {
+            let mut others = self.areas.iter().take(at);
+            let apart = others.all(|other| other.end <= area.start || area.end <= other.start);
+            let aligned = (area.start | area.end).is_multiple_of(PAGE_SIZE);
+            let fits = area.start < area.end && area.end <= self.size && area.end <= length;
+            if self.kind == Kind::Io || !(apart && aligned && fits) {
+                let area = area.clone();
+                return Err(DescriptionError::Area { bar: index, area });
+            }
+        }
+        Ok(())
+    }
+}
+
+impl MsixTable {
+    /// What of its BAR the table takes, in bytes.
+    pub(crate) fn table(&self) -> Range<u64> {
+        let start = u64::from(self.table_offset);
+        start..start + 16 * u64::from(self.vectors)
+    }
+
+    /// What of its BAR the pending bits take, in bytes.
+    pub(crate) fn pending(&self) -> Range<u64> {
+        let start = u64::from(self.pending_offset);
+        start..start + 8 * u64::from(self.vectors).div_ceil(64)
+    }
+}
+
+/// A description that has been checked.
+#[derive(Debug)]
+pub(crate) struct Layout {
+    pub(crate) config: ConfigSpace,
+    pub(crate) places: Places,
+    bars: [Option<Bar>; BARS],
+    pub(crate) intx: bool,
+    pub(crate) msi: u16,
+    pub(crate) msix: Option<MsixTable>,
+    pub(crate) doorbells: Vec<Doorbell>,
+}
+
+/// Where in configuration space the capabilities are that the library acts upon, in bytes.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Places {
+    pub(crate) msi: Option<usize>,
+    pub(crate) msix: Option<usize>,
+    pub(crate) express: Option<usize>,
+}
+
+impl Layout {
+    pub(crate) fn bar(&self, index: usize) -> Option<&Bar> {
+        self.bars.get(index)?.as_ref()
+    }
+}
+
+impl Bar {
+    pub(crate) fn size(&self) -> u64 {
+        self.size
+    }
+
+    pub(crate) fn is_io(&self) -> bool {
+        self.kind == Kind::Io
+    }
+
+    /// The file behind the areas that can be mapped, if there are any.
+    pub(crate) fn file(&self) -> Option<&Arc<File>> {
+        self.file.as_ref().filter(|_| !self.areas.is_empty())
+    }
+
+    pub(crate) fn areas(&self) -> &[Range<u64>] {
+        &self.areas
+    }
+}
+
+fn put(bytes: &mut [u8], offset: usize, value: &[u8]) {
+    if let Some(bytes) = bytes.get_mut(offset..offset + value.len()) {
+        bytes.copy_from_slice(value);
+    }
+}
+
+const PAGE_SIZE: u64 = 4096;
