@@ -21,7 +21,7 @@ impl DeviceThread {
     /// # Errors
     /// When there is no place for the socket, or the server does not start.
     pub fn test_device() -> anyhow::Result<Self> {
-        Self::start(|socket, ready| crate::device::serve(socket, ready))
+        Self::start(crate::device::serve)
     }
 
     /// Starts a device of the test's own.

@@ -2,3 +2,8 @@
 #![forbid(unsafe_code)]
 
 pub mod device;
+pub mod device_thread;
+pub mod lab;
+pub mod outrigger;
+pub mod tiny;
+pub mod truncator;

@@ -25,7 +25,7 @@ pub fn binary() -> &'static Path {
         );
         // The test is target/PROFILE/deps/NAME.
         let test = env::current_exe().unwrap_or_default();
-        let folder = test.ancestors().nth(2).unwrap_or(Path::new("."));
+        let folder = test.ancestors().nth(2).unwrap_or_else(|| Path::new("."));
         folder.join("outrigger")
     })
 }

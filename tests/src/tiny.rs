@@ -52,7 +52,7 @@ pub fn guest(
     }
     let table: Vec<_> = table.into_iter().flat_map(u64::to_le_bytes).collect();
     let mut file = NamedTempFile::new()?;
-    file.write_all(&elf(&[
+    file.write_all(&elf([
         (CODE, &result.inner.code_buffer),
         (INTERRUPT_TABLE, &table),
     ]))?;
@@ -180,11 +180,13 @@ impl Code {
 }
 
 /// An ELF file with these pieces of memory, and a note that says where to enter it: `XEN_ELFNOTE_PHYS32_ENTRY`.
-fn elf(pieces: &[(u32, &[u8])]) -> Vec<u8> {
+fn elf(pieces: [(u32, &[u8]); 2]) -> Vec<u8> {
     const LOAD: u32 = 1;
     const NOTE: u32 = 4;
-    const HEADER: u64 = 64;
-    const SEGMENT: u64 = 56;
+    /// The note and the two pieces.
+    const COUNT: u16 = 3;
+    const HEADER: u16 = 64;
+    const SEGMENT: u16 = 56;
 
     let mut note = Vec::new();
     for word in [4u32, 4, 18] {
@@ -199,21 +201,20 @@ fn elf(pieces: &[(u32, &[u8])]) -> Vec<u8> {
             .iter()
             .map(|(address, bytes)| (LOAD, *address, *bytes)),
     );
-    let count = segments.len() as u16;
 
     let mut elf = Vec::new();
     elf.extend(b"\x7fELF\x02\x01\x01\0\0\0\0\0\0\0\0\0");
     elf.extend(2u16.to_le_bytes()); // an executable
     elf.extend(62u16.to_le_bytes()); // for x86-64
     elf.extend(1u32.to_le_bytes());
-    for address in [CODE.into(), HEADER, 0] {
+    for address in [CODE.into(), HEADER.into(), 0] {
         elf.extend(u64::to_le_bytes(address)); // entry, program headers, section headers
     }
     elf.extend(0u32.to_le_bytes());
-    for half in [HEADER as u16, SEGMENT as u16, count, 0, 0, 0] {
+    for half in [HEADER, SEGMENT, COUNT, 0, 0, 0] {
         elf.extend(half.to_le_bytes()); // sizes and counts of headers
     }
-    let mut offset = HEADER + u64::from(count) * SEGMENT;
+    let mut offset = u64::from(HEADER + COUNT * SEGMENT);
     for (kind, address, bytes) in &segments {
         let size = bytes.len() as u64;
         elf.extend(kind.to_le_bytes());

@@ -1,4 +1,5 @@
 //! Mistakes on the command line: each is one line that names the flag, exit status 1, and nothing is left behind.
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
 use std::os::unix::net::UnixListener;
 use std::process::Output;

@@ -1,4 +1,5 @@
 //! How runs of a guest end: each in its own way, with a message and an exit status of its own.
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
 use std::process::Output;
 

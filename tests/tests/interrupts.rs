@@ -1,4 +1,5 @@
 //! Interrupts of a vfio-user device, all the way into a guest's handlers.
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
 use guest::{INTX, PBA_OFFSET, RAISE};
 use iced_x86::code_asm::{dword_ptr, eax, ebp, edi, esi};

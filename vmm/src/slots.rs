@@ -4,8 +4,9 @@
     reason = "KVM_SET_USER_MEMORY_REGION hands host memory to the guest"
 )]
 
+use std::collections::BTreeMap;
 use std::fmt;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use kvm_bindings::{KVM_MEM_READONLY, kvm_userspace_memory_region};
 use kvm_ioctls::VmFd;
@@ -51,8 +52,26 @@ impl HostMemory for GuestRegionMmap {
 /// All memory slots of a VM.
 #[derive(Debug, Clone)]
 pub(crate) struct Slots {
+    shared: Arc<Shared>,
+}
+
+#[derive(Debug)]
+struct Shared {
     vm: Arc<VmFd>,
-    ids: Arc<Mutex<IdAllocator>>,
+    state: Mutex<State>,
+}
+
+#[derive(Debug)]
+struct State {
+    ids: IdAllocator,
+    /// The slots that KVM has, by their numbers.
+    used: BTreeMap<u32, Mapping>,
+}
+
+/// What a slot maps.
+struct Mapping {
+    address: u64,
+    memory: Arc<dyn HostMemory>,
 }
 
 impl Slots {
@@ -60,9 +79,10 @@ impl Slots {
     pub(crate) fn new(vm: Arc<VmFd>, limit: usize) -> Result<Self, SlotError> {
         let last = u32::try_from(limit.saturating_sub(1)).unwrap_or(u32::MAX);
         let ids = IdAllocator::new(0, last).map_err(|_| SlotError::Exhausted)?;
+        let used = BTreeMap::new();
+        let state = Mutex::new(State { ids, used });
         Ok(Self {
-            vm,
-            ids: Arc::new(Mutex::new(ids)),
+            shared: Arc::new(Shared { vm, state }),
         })
     }
 
@@ -73,72 +93,107 @@ impl Slots {
         memory: Arc<dyn HostMemory>,
         readonly: bool,
     ) -> Result<Slot, SlotError> {
-        let id = self
-            .ids
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .allocate_id()
-            .map_err(|_| SlotError::Exhausted)?;
-        // From here on dropping the slot gives the number back, whether KVM took it or not.
+        let size = memory.mapping().size() as u64;
+        let flags = if readonly { KVM_MEM_READONLY } else { 0 };
+        let mut state = self.shared.state();
+        let id = state.ids.allocate_id().map_err(|_| SlotError::Exhausted)?;
+        let mapping = Mapping { address, memory };
+        let set = mapping.set(&self.shared.vm, id, size, flags);
+        // Whether KVM took it or not, dropping the slot gives the number back.
+        state.used.insert(id, mapping);
+        drop(state);
         let slot = Slot {
-            slots: self.clone(),
+            shared: self.shared.clone(),
             id,
-            address,
-            memory,
         };
-        let size = slot.memory.mapping().size() as u64;
-        slot.set(size, if readonly { KVM_MEM_READONLY } else { 0 })
-            .map_err(|source| SlotError::Kvm {
-                address,
-                size,
-                source,
-            })?;
+        set.map_err(|source| SlotError::Kvm {
+            address,
+            size,
+            source,
+        })?;
         Ok(slot)
+    }
+
+    /// Takes memory away from the guest whose file somebody has truncated: touching it is an error that no guest can
+    /// be blamed for. Says how many slots those were; from now on the guest's accesses there exit to the VMM.
+    pub(crate) fn remove_truncated(&self) -> usize {
+        let mut state = self.shared.state();
+        let truncated: Vec<_> = state
+            .used
+            .iter()
+            .filter(|(_, mapping)| mapping.is_truncated())
+            .map(|(&id, _)| id)
+            .collect();
+        for id in &truncated {
+            if let Some(mapping) = state.used.remove(id) {
+                log::error!(
+                    "the file behind the guest's memory at {:#x} was truncated; the guest has lost it",
+                    mapping.address
+                );
+                mapping.unset(&self.shared.vm, *id);
+            }
+        }
+        truncated.len()
     }
 }
 
-/// A memory slot, removed on drop.
-pub(crate) struct Slot {
-    slots: Slots,
-    id: u32,
-    address: u64,
-    memory: Arc<dyn HostMemory>,
+impl Shared {
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
-impl Slot {
-    fn set(&self, size: u64, flags: u32) -> Result<(), kvm_ioctls::Error> {
+impl Mapping {
+    fn set(&self, vm: &VmFd, id: u32, size: u64, flags: u32) -> Result<(), kvm_ioctls::Error> {
         let region = kvm_userspace_memory_region {
-            slot: self.id,
+            slot: id,
             flags,
             guest_phys_addr: self.address,
             memory_size: size,
             userspace_addr: self.memory.mapping().as_ptr() as u64,
         };
         // SAFETY: `size` is 0, which removes the slot, or the length of a mapping that `self.memory` keeps alive; and
-        // this slot is removed from KVM before that is dropped.
-        unsafe { self.slots.vm.set_user_memory_region(region) }
+        // `self` is dropped after `unset` only.
+        unsafe { vm.set_user_memory_region(region) }
     }
+
+    fn unset(&self, vm: &VmFd, id: u32) {
+        // Removing a slot that KVM never took fails, which is as well.
+        let _ = self.set(vm, id, 0, 0);
+    }
+
+    fn is_truncated(&self) -> bool {
+        let Some(file) = self.memory.mapping().file_offset() else {
+            return false;
+        };
+        let end = file.start() + self.memory.mapping().size() as u64;
+        // A device's memory has no length.
+        let metadata = file.file().metadata();
+        metadata.is_ok_and(|metadata| metadata.is_file() && metadata.len() < end)
+    }
+}
+
+impl fmt::Debug for Mapping {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Mapping")
+            .field("address", &self.address)
+            .finish_non_exhaustive()
+    }
+}
+
+/// A memory slot, removed on drop.
+#[derive(Debug)]
+pub(crate) struct Slot {
+    shared: Arc<Shared>,
+    id: u32,
 }
 
 impl Drop for Slot {
     fn drop(&mut self) {
-        // Removing a slot that KVM never took fails, which is as well.
-        let _ = self.set(0, 0);
-        let _ = self
-            .slots
-            .ids
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .free_id(self.id);
-    }
-}
-
-impl fmt::Debug for Slot {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(
-            f,
-            "Slot {{ id: {}, address: {:#x} }}",
-            self.id, self.address
-        )
+        let mut state = self.shared.state();
+        if let Some(mapping) = state.used.remove(&self.id) {
+            mapping.unset(&self.shared.vm, self.id);
+        }
+        let _ = state.ids.free_id(self.id);
     }
 }

@@ -115,7 +115,7 @@ impl Vm {
         let (memory_bus, ports) = (Arc::new(Bus::default()), Arc::new(Bus::default()));
         let space = Space {
             vm: vm.clone(),
-            slots,
+            slots: slots.clone(),
             memory: memory_bus.clone(),
             ports: ports.clone(),
             windows,
@@ -135,6 +135,7 @@ impl Vm {
             memory: memory_bus,
             ports: ports.clone(),
             ram: memory.ram().clone(),
+            slots,
             endings: endings.clone(),
         });
         let msrs = MsrIndices::new(&kvm).map_err(|source| KvmError::Step {

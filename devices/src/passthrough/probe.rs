@@ -32,6 +32,18 @@ pub enum ProbeError {
     /// Its MSI-X capability makes no sense.
     #[error(transparent)]
     Msix(#[from] pci::MsixError),
+    /// A doorbell of it makes no sense.
+    #[error(
+        "it has a doorbell at {offset:#x} of {bar} that is not in it, is in its MSI-X table, or is {width} bytes wide"
+    )]
+    Doorbell {
+        /// The BAR.
+        bar: BarIndex,
+        /// The doorbell's offset in bytes.
+        offset: u64,
+        /// Its width in bytes.
+        width: u64,
+    },
 }
 
 /// A device that has been asked all that an endpoint must know of it.
@@ -83,14 +95,24 @@ impl Probe {
             } else {
                 region.areas
             };
-            for hole in msix.iter().flat_map(|msix| message_ranges(msix, bar)) {
-                areas = areas.iter().flat_map(|area| without(area, &hole)).collect();
+            let messages: Vec<_> = msix
+                .iter()
+                .flat_map(|msix| message_ranges(msix, bar))
+                .collect();
+            for hole in &messages {
+                areas = areas.iter().flat_map(|area| without(area, hole)).collect();
+            }
+            let doorbells = backend.doorbells(Region::Bar(bar))?;
+            for &Doorbell { offset, width, .. } in &doorbells {
+                if !is_doorbell(offset, width, spec.size, &messages) {
+                    return Err(ProbeError::Doorbell { bar, offset, width });
+                }
             }
             *layout = Some(BarLayout {
                 spec: *spec,
                 writable: region.writable,
                 areas,
-                doorbells: backend.doorbells(Region::Bar(bar))?,
+                doorbells,
             });
         }
         let config = Config::new(space, size, bars)?;
@@ -154,6 +176,18 @@ fn message_ranges(msix: &MsixLayout, bar: BarIndex) -> impl Iterator<Item = Rang
     table.into_iter().chain(pba)
 }
 
+/// Whether a write of this width to a BAR of `size` bytes may ring a bell: not where the VMM looks at writes itself.
+fn is_doorbell(offset: u64, width: u64, size: u64, messages: &[Range<u64>]) -> bool {
+    let Some(end) = offset.checked_add(width.max(1)) else {
+        return false;
+    };
+    matches!(width, 0 | 1 | 2 | 4 | 8)
+        && end <= size
+        && messages
+            .iter()
+            .all(|range| end <= range.start || range.end <= offset)
+}
+
 /// What is left of an area without the pages that a range of the BAR touches.
 fn without(area: &MappableArea, hole: &Range<u64>) -> impl Iterator<Item = MappableArea> {
     const PAGE: u64 = 4096;
@@ -183,6 +217,30 @@ fn without(area: &MappableArea, hole: &Range<u64>) -> impl Iterator<Item = Mappa
 mod tests {
     use super::*;
     use std::fs::File;
+
+    #[test]
+    fn doorbells_lie_in_their_bar_and_beside_the_message_table() {
+        let table = [0x100..0x200, 0x800..0x808];
+        for (offset, width, is_one) in [
+            (0, 4, true),
+            (0xffc, 4, true),
+            (0xfff, 0, true),
+            (0xffd, 4, false),
+            (0x1000, 0, false),
+            (u64::MAX, 8, false),
+            (0, 3, false),
+            (0xfc, 4, true),
+            (0xfd, 4, false),
+            (0x1ff, 0, false),
+            (0x200, 8, true),
+        ] {
+            assert_eq!(
+                is_doorbell(offset, width, 0x1000, &table),
+                is_one,
+                "{offset:#x}, {width}"
+            );
+        }
+    }
 
     #[test]
     fn message_table_is_cut_out_in_whole_pages() {

@@ -122,7 +122,11 @@ impl Interrupts {
     /// Interrupts while the line is high and nothing is in the way.
     pub(super) fn update_intx(&mut self, config: &ConfigSpace) {
         let message = config.is_msix_enabled() || config.is_msi_enabled();
-        log::debug!("INTx: level {}, masked {}, messages {message}", self.level, self.masked);
+        log::debug!(
+            "INTx: level {}, masked {}, messages {message}",
+            self.level,
+            self.masked
+        );
         let silent = self.masked || message || config.is_intx_disabled();
         if let Some(eventfd @ Some(_)) = self.eventfds[INTX].first()
             && self.level

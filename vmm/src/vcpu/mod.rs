@@ -25,6 +25,7 @@ use crate::boot::BootState;
 use crate::bus::Bus;
 use crate::cpuid::CommonCpuid;
 use crate::ending::{Ending, Endings};
+use crate::slots::Slots;
 
 /// Why a vCPU could not be made.
 #[derive(Debug, thiserror::Error)]
@@ -60,6 +61,7 @@ pub(crate) struct VcpuContext {
     pub(crate) memory: Arc<Bus>,
     pub(crate) ports: Arc<Bus>,
     pub(crate) ram: GuestMemoryMmap,
+    pub(crate) slots: Slots,
     pub(crate) endings: Arc<Endings>,
 }
 
@@ -139,8 +141,16 @@ impl Vcpu {
         match result {
             Ok(()) => self.serve_exit(),
             Err(error) if matches!(error.errno(), libc::EINTR | libc::EAGAIN) => Next::Run,
-            Err(error) => self.fail(format!("KVM_RUN failed: {error}")),
+            Err(error) => self.recover(error),
         }
+    }
+
+    /// A guest that touches memory which a device server has truncated goes on without it.
+    fn recover(&self, error: kvm_ioctls::Error) -> Next {
+        if error.errno() == libc::EFAULT && self.context.slots.remove_truncated() > 0 {
+            return Next::Run;
+        }
+        self.fail(format!("KVM_RUN failed: {error}"))
     }
 
     /// Completes an access that the guest has left off in the middle of, so that its effect is in the vCPU's state.
@@ -157,7 +167,11 @@ impl Vcpu {
                 }
                 Err(error) if error.errno() == libc::EINTR => return Next::Run,
                 Err(error) if error.errno() == libc::EAGAIN => {}
-                Err(error) => return self.fail(format!("KVM_RUN failed: {error}")),
+                Err(error) => {
+                    if self.recover(error) == Next::Halt {
+                        return Next::Halt;
+                    }
+                }
             }
         }
     }
