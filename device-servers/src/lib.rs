@@ -1,0 +1,9 @@
+//! Outrigger's built-in devices. Each is a vfio-user server, to run in a process of its own.
+//!
+//! * [`demo`]: a device that does everything that a device can do, for demonstrations, tests, and the development of
+//!   clients.
+
+#![forbid(unsafe_code)]
+#![warn(clippy::indexing_slicing)]
+
+pub mod demo;
