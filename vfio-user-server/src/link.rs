@@ -29,6 +29,8 @@ pub(crate) struct Link {
     state: Mutex<State>,
     /// Signalled when a message has been handed over, the reader is free, or the connection has ended.
     changed: Condvar,
+    /// How long the client may let the socket be full.
+    patience: Duration,
 }
 
 #[derive(Debug)]
@@ -86,7 +88,8 @@ pub(crate) enum CallError {
 }
 
 impl Link {
-    pub(crate) fn new(stream: UnixStream) -> io::Result<Self> {
+    /// A link over `stream`, for a client that may let it be full for as long as `patience`.
+    pub(crate) fn new(stream: UnixStream, patience: Duration) -> io::Result<Self> {
         Ok(Self {
             socket: Socket::new(stream)?,
             sending: Mutex::new(()),
@@ -99,6 +102,7 @@ impl Link {
                 ended: None,
             }),
             changed: Condvar::new(),
+            patience,
         })
     }
 
@@ -149,7 +153,12 @@ impl Link {
         payload: &[u8],
         fds: &[BorrowedFd<'_>],
     ) -> Result<(), Ended> {
-        self.send(header.as_bytes(), payload, fds, Instant::now() + PATIENCE)
+        self.send(
+            header.as_bytes(),
+            payload,
+            fds,
+            Instant::now() + self.patience,
+        )
     }
 
     /// Sends a command of the device, and waits for the reply to it, for `limit` at most.
@@ -278,6 +287,10 @@ impl Link {
         }
         if let Err(ended) = result {
             state.ended.get_or_insert(ended);
+            // A client that sends no more may still want its answers.
+            if ended != Ended::Closed {
+                self.socket.shutdown();
+            }
         }
         state.reader = Some(reader);
         // Whoever serves one thread alone need not wake others.
@@ -301,7 +314,7 @@ impl Link {
         state: MutexGuard<'a, State>,
         deadline: Option<Instant>,
     ) -> MutexGuard<'a, State> {
-        let limit = deadline.map_or(PATIENCE, |deadline| {
+        let limit = deadline.map_or(SLICE, |deadline| {
             deadline.saturating_duration_since(Instant::now())
         });
         let result = self.changed.wait_timeout(state, limit);
@@ -348,8 +361,8 @@ fn ended_by(errno: Errno) -> Ended {
     }
 }
 
-/// How long the client may let the socket be full, or a thread waits in one go.
-const PATIENCE: Duration = Duration::from_secs(10);
+/// How long a thread without a deadline waits in one go.
+const SLICE: Duration = Duration::from_secs(10);
 
 /// Most calls at a time: as many as a device has threads.
 const MAX_CALLS: usize = 1024;

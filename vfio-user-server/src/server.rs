@@ -45,6 +45,8 @@ pub struct Options {
     pub sealed_memory: bool,
     /// How long the client may take for an access to memory by a message.
     pub memory_deadline: Duration,
+    /// How long the client may leave what it is sent unread before it is dropped.
+    pub send_deadline: Duration,
     /// How long the device may keep a view of memory that the client wants back. After that the client is refused.
     pub unmap_deadline: Duration,
     /// Most mappings of memory at a time.
@@ -56,6 +58,7 @@ impl Default for Options {
         Self {
             sealed_memory: false,
             memory_deadline: Duration::from_secs(5),
+            send_deadline: Duration::from_secs(10),
             unmap_deadline: Duration::from_secs(5),
             max_mappings: 1024,
         }
@@ -120,7 +123,7 @@ impl<D: Device> Server<D> {
     ///
     /// If the stream cannot be used.
     pub fn serve(&mut self, stream: UnixStream) -> io::Result<Ended> {
-        let link = Arc::new(Link::new(stream)?);
+        let link = Arc::new(Link::new(stream, self.core.options.send_deadline)?);
         self.stopper.watch(&link);
         Ok(session::serve(&mut self.core, &link))
     }

@@ -69,7 +69,7 @@ impl<D: Device> Session<'_, D> {
     fn make_twin(&mut self) -> Result<Arc<Link>, Errno> {
         let errno = |error: std::io::Error| Errno::from_io_error(&error).unwrap_or(Errno::IO);
         let (ours, theirs) = UnixStream::pair().map_err(errno)?;
-        let link = Link::new(ours).map_err(errno)?;
+        let link = Link::new(ours, self.core.options.send_deadline).map_err(errno)?;
         self.reply.fds.push(Arc::new(theirs));
         Ok(Arc::new(link))
     }

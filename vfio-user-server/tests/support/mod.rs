@@ -2,6 +2,8 @@
 
 #![allow(dead_code, reason = "not every test needs everything")]
 
+pub(crate) mod raw;
+
 use std::borrow::Borrow;
 use std::collections::BTreeMap;
 use std::fs::File;
