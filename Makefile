@@ -13,7 +13,7 @@ PROGRAMS := --package vmm --bin outrigger --package tests --bin test-device --bi
 .PHONY: help demo test unit lab setup programs bench lint clean
 
 help: ## Shows this list
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1|\2/p' $(MAKEFILE_LIST) | column -t -s '|'
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1\t\2/p' $(MAKEFILE_LIST)
 
 demo: programs ## Boots a stock Debian kernel with a vfio-user device and shows the guest using it
 	@tests/lab/demo.sh
