@@ -6,6 +6,8 @@ use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 use std::{env, io, thread};
 
+use crate::device_thread::DeviceThread;
+
 /// The `outrigger` binary, built in the profile of the test that asks for it.
 pub fn binary() -> &'static Path {
     static BINARY: OnceLock<PathBuf> = OnceLock::new();
@@ -37,6 +39,23 @@ pub fn binary() -> &'static Path {
 pub fn run(arguments: &[&str]) -> io::Result<Output> {
     let child = start(arguments)?;
     wait(child)
+}
+
+/// Runs a tiny guest with a device until it ends.
+///
+/// # Errors
+/// As of [`run`].
+pub fn run_with_device(kernel: &Path, device: &DeviceThread) -> io::Result<Output> {
+    let socket = format!("socket={}", device.socket().display());
+    let kernel = kernel.to_string_lossy();
+    run(&[
+        "--kernel",
+        &kernel,
+        "--memory",
+        "size=64M",
+        "--user-device",
+        &socket,
+    ])
 }
 
 /// Starts `outrigger` without input, its output kept.

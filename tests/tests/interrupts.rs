@@ -21,17 +21,7 @@ const NO_INTX: u32 = 1 << 10;
 const COUNT: u32 = SCRATCH + 0x100;
 
 fn output_of(kernel: &tempfile::NamedTempFile, device: &DeviceThread) -> String {
-    let socket = format!("socket={}", device.socket().display());
-    let kernel = kernel.path().to_str().unwrap();
-    let arguments = [
-        "--kernel",
-        kernel,
-        "--memory",
-        "size=64M",
-        "--user-device",
-        &socket,
-    ];
-    let output = outrigger::run(&arguments).unwrap();
+    let output = outrigger::run_with_device(kernel.path(), device).unwrap();
     let said = String::from_utf8_lossy(&output.stderr);
     assert_eq!(output.status.code(), Some(0), "{said}");
     String::from_utf8(output.stdout).unwrap()

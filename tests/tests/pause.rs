@@ -9,14 +9,9 @@ use std::time::{Duration, Instant};
 use std::{fs, thread};
 
 use iced_x86::code_asm::{al, byte_ptr, dword_ptr, dx, ebp, ecx, edi, edx};
-use tests::device_thread::DeviceThread;
+use tests::device_thread::{Bar, DeviceThread, Registers};
 use tests::outrigger::has_kvm;
 use tests::tiny::{self, Code, FIRST_DEVICE, SCRATCH};
-use vfio_bindings::bindings::vfio::{
-    VFIO_PCI_CONFIG_REGION_INDEX, VFIO_REGION_INFO_FLAG_READ, VFIO_REGION_INFO_FLAG_WRITE,
-    vfio_region_info,
-};
-use vfio_user::{DmaMapFlags, DmaUnmapFlags, IrqInfo, ServerBackend, ServerRegion};
 use vmm::{
     Ending, MemoryConfig, PayloadConfig, SerialConfig, UserDeviceConfig, Vcpus, Vm, VmConfig,
 };
@@ -32,25 +27,29 @@ struct Pauser {
 }
 
 const MEMORY: u32 = 0;
-const MEMORY_SIZE: u64 = 0x2000;
-const PORTS_SIZE: u64 = 0x10;
+const BARS: [Bar; 2] = [
+    Bar {
+        size: 0x2000,
+        io: false,
+        file: None,
+    },
+    Bar {
+        size: 0x10,
+        io: true,
+        file: None,
+    },
+];
 
 /// The byte at this offset of the memory BAR.
 fn pattern(offset: u64) -> u8 {
     offset.wrapping_mul(37).to_le_bytes()[0]
 }
 
-impl ServerBackend for Pauser {
-    fn region_read(&mut self, region: u32, offset: u64, data: &mut [u8]) -> io::Result<()> {
-        if region == VFIO_PCI_CONFIG_REGION_INDEX {
-            let config = config_space();
-            let start = usize::try_from(offset).unwrap();
-            data.copy_from_slice(&config[start..start + data.len()]);
-            return Ok(());
-        }
+impl Registers for Pauser {
+    fn read(&mut self, bar: u32, offset: u64, data: &mut [u8]) -> io::Result<()> {
         for (byte, offset) in data.iter_mut().zip(offset..) {
             let count = self.bytes_read.fetch_add(1, Ordering::Relaxed);
-            *byte = if region == MEMORY {
+            *byte = if bar == MEMORY {
                 pattern(offset)
             } else {
                 count.to_le_bytes()[0]
@@ -63,65 +62,9 @@ impl ServerBackend for Pauser {
         Ok(())
     }
 
-    fn region_write(&mut self, _: u32, _: u64, _: &[u8]) -> io::Result<()> {
+    fn write(&mut self, _: u32, _: u64, _: &[u8]) -> io::Result<()> {
         Ok(())
     }
-
-    fn dma_map(
-        &mut self,
-        _: DmaMapFlags,
-        _: u64,
-        _: u64,
-        _: u64,
-        _: Option<fs::File>,
-    ) -> io::Result<()> {
-        Ok(())
-    }
-
-    fn dma_unmap(&mut self, _: DmaUnmapFlags, _: u64, _: u64) -> io::Result<()> {
-        Ok(())
-    }
-
-    fn reset(&mut self) -> io::Result<()> {
-        Ok(())
-    }
-
-    fn set_irqs(&mut self, _: u32, _: u32, _: u32, _: u32, _: Vec<fs::File>) -> io::Result<()> {
-        Ok(())
-    }
-}
-
-fn config_space() -> [u8; 256] {
-    let mut config = [0; 256];
-    config[..4].copy_from_slice(&[0x52, 0x4f, 0x02, 0x00]);
-    config[0x14] = 1; // BAR1 is an I/O BAR
-    config
-}
-
-fn regions() -> Vec<ServerRegion> {
-    let sizes = [MEMORY_SIZE, PORTS_SIZE, 0, 0, 0, 0, 0, 256, 0];
-    let region = |(index, size)| ServerRegion {
-        region_info: vfio_region_info {
-            argsz: 32,
-            flags: VFIO_REGION_INFO_FLAG_READ | VFIO_REGION_INFO_FLAG_WRITE,
-            index,
-            size,
-            ..Default::default()
-        },
-        sparse_areas: Vec::new(),
-        mmap_fd: None,
-    };
-    (0..).zip(sizes).map(region).collect()
-}
-
-fn irqs() -> Vec<IrqInfo> {
-    (0..5)
-        .map(|index| IrqInfo {
-            index,
-            flags: 0,
-            count: 0,
-        })
-        .collect()
 }
 
 /// Runs a guest, pauses it when it has read so many bytes of the device, lets it go on when it stands still, and says
@@ -138,7 +81,7 @@ fn pause_and_resume(kernel: &Path, pause_at: u32) -> (String, u32, u32) {
         vcpus: vcpus.clone(),
         paused: sender,
     };
-    let server = DeviceThread::custom(pauser, irqs(), regions()).unwrap();
+    let server = DeviceThread::custom(pauser, &BARS).unwrap();
     let mut vm = Vm::new(&VmConfig {
         payload: PayloadConfig {
             kernel: kernel.to_owned(),
