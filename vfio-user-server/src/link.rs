@@ -37,7 +37,7 @@ pub(crate) struct Link {
 struct State {
     /// The reader; `None` while some thread reads.
     reader: Option<Reader>,
-    /// Commands that nobody has dealt with, and what they [cost](cost).
+    /// Commands that nobody has dealt with, and what they [cost].
     commands: VecDeque<Message>,
     queued: usize,
     /// The ids of calls that wait, and the replies to them.
