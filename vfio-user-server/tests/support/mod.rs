@@ -122,6 +122,10 @@ impl Everything {
         .unwrap()
     }
 
+    pub(crate) fn host(&self) -> Host {
+        self.host.clone()
+    }
+
     fn register(&self, offset: u64) -> u64 {
         match offset {
             register::RESETS => self.resets,
@@ -443,10 +447,14 @@ impl Pair {
 
     /// Adds guest memory up by the device.
     pub(crate) fn sum(&self, address: u64, length: u64) -> u64 {
+        self.sum_or_not(address, length).unwrap();
+        self.read(register::SUM)
+    }
+
+    pub(crate) fn sum_or_not(&self, address: u64, length: u64) -> Result<(), ConnError> {
         self.write(register::ADDRESS, address);
         self.write(register::LENGTH, length);
-        self.write(register::SUM, 0);
-        self.read(register::SUM)
+        self.try_write(register::SUM, 0)
     }
 }
 
