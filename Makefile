@@ -7,6 +7,7 @@ SHELL := bash
 LAB_DEADLINE ?= 2400
 
 CARGO ?= cargo
+SKIPPED := $(CURDIR)/target/skipped-tests
 RELEASE := target/release
 PROGRAMS := --package vmm --bin outrigger --package tests --bin test-device --bin lab-cases --bin bench
 
@@ -21,8 +22,10 @@ demo: programs ## Boots a stock Debian kernel with a vfio-user device and shows 
 test: unit lab ## Runs every test: unit, property, tiny guests on /dev/kvm, and Linux guests in the lab
 
 unit: ## Runs the tests that need no Linux guest
-	@test -w /dev/kvm || echo 'SKIPPED: there is no usable /dev/kvm, so none of the tiny guests runs below'
-	$(CARGO) test --workspace --locked
+	@mkdir -p target && : >$(SKIPPED)
+	SKIPPED_TESTS=$(SKIPPED) $(CARGO) test --workspace --locked
+	@test ! -s $(SKIPPED) || echo "SKIPPED: $$(sort -u $(SKIPPED) | wc -l) tests with tiny guests:" \
+	    "/dev/kvm cannot be opened for reading and writing"
 
 lab: programs ## Runs the cases that boot Linux guests
 	@tests/lab/run.sh $(LAB_DEADLINE) $(RELEASE)/lab-cases $(CASES)

@@ -20,6 +20,7 @@ flock -n "$lock" || {
     echo "lab: waiting for another run to end" >&2
     flock "$lock"
 }
+rm -f "$logs"/*
 {
     printf 'touch %q\n' "$logs/started"
     printf 'modprobe -a kvm_amd\n'

@@ -128,7 +128,7 @@ guest_program() {
 guest_image() {
     local image=$lab/images/initramfs-$1.cpio program=$lab/cargo/release/guest
     [ "$program" -nt "$image" ] || [ "$here/guest-init" -nt "$image" ] || [ "$here/setup.sh" -nt "$image" ] || return 0
-    stage "$image.tree" "$here/guest-init" "$lab/kernels/$1" uio_pci_generic
+    stage "$image.tree" "$here/guest-init" "$lab/kernels/$1" uio_pci_generic button evdev
     cp "$program" "$image.tree/bin/guest"
     pack "$image.tree" "$image"
 }

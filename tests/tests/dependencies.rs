@@ -29,6 +29,8 @@ const ROOMS: &[(&str, &[&str])] = &[
     ("pci", &[]),
     ("vfio-user-protocol", &[]),
     ("vfio-user-client", &["vfio-user-protocol"]),
+    ("vfio-user-server", &["vfio-user-protocol"]),
+    ("device-servers", &["vfio-user-server"]),
     ("devices", &["pci", "vfio-user-client"]),
     (
         "vmm",

@@ -64,3 +64,14 @@ pub(crate) fn sigterm(case: &mut Case<'_>) -> Result<()> {
     ensure!(exit.status.success(), "after SIGTERM: {}", exit.status);
     Ok(())
 }
+
+/// The power button, as SIGPWR presses it, reaches the guest, which powers off.
+pub(crate) fn power_button(case: &mut Case<'_>) -> Result<()> {
+    let mut vm = case.start(&mut case.linux("6.12", "outrigger.end=button"))?;
+    vm.wait_for("waiting for the power button", BOOT)?;
+    vm.signal(Signal::POWER)?;
+    vm.wait_for("Power down", SOON)?;
+    let exit = vm.wait(SOON)?;
+    ensure!(exit.status.success(), "after power off: {}", exit.status);
+    Ok(())
+}

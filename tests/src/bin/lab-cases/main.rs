@@ -36,6 +36,7 @@ fn main() -> ExitCode {
     suite.run("no-reboot", endings::no_reboot);
     suite.run("panic-resets", endings::panic_resets);
     suite.run("sigterm", endings::sigterm);
+    suite.run("power-button", endings::power_button);
     suite.run("serial-file", serial::file);
     suite.run("serial-socket", serial::socket);
     suite.run("terminal-poweroff", serial::terminal_poweroff);
