@@ -38,6 +38,7 @@ const ROOMS: &[(&str, &[&str])] = &[
             "pci",
             "vfio-user-client",
             "devices",
+            "device-servers",
             "kvm-ioctls",
             "kvm-bindings",
         ],

@@ -3,17 +3,21 @@
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use anyhow::bail;
-use clap::{ArgAction, Parser};
+use anyhow::{Context as _, bail};
+use clap::{ArgAction, Parser, Subcommand};
 use vmm::{MemoryConfig, PayloadConfig, SerialConfig, UserDeviceConfig, VmConfig, parse_vcpus};
 
 /// Boots a guest with KVM whose PCI devices live in other processes.
 #[derive(Debug, Parser)]
 #[command(name = "outrigger", version, max_term_width = 100)]
+#[command(args_conflicts_with_subcommands = true, subcommand_negates_reqs = true)]
 pub(crate) struct Cli {
+    #[command(subcommand)]
+    pub(crate) command: Option<Command>,
+
     /// The kernel: a bzImage, or an ELF file with a PVH note
-    #[arg(long, value_name = "PATH")]
-    kernel: PathBuf,
+    #[arg(long, value_name = "PATH", required = true)]
+    kernel: Option<PathBuf>,
 
     /// The initramfs
     #[arg(long, value_name = "PATH")]
@@ -57,6 +61,25 @@ pub(crate) struct Cli {
     /// Say more: once for what happens, twice for details, three times for every access
     #[arg(short, action = ArgAction::Count)]
     verbose: u8,
+}
+
+/// What there is to do besides running a guest.
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Serves a built-in device over vfio-user, for any VMM
+    #[command(subcommand)]
+    Serve(Device),
+}
+
+/// The built-in devices.
+#[derive(Debug, Subcommand)]
+pub(crate) enum Device {
+    /// A device that does everything that a device can do: for demonstrations, tests, and those who write a client
+    Demo {
+        /// The socket to listen on
+        #[arg(long, value_name = "PATH")]
+        socket: PathBuf,
+    },
 }
 
 impl Cli {
@@ -112,7 +135,7 @@ impl Cli {
         let devices = self.user_devices.iter().enumerate();
         let config = VmConfig {
             payload: PayloadConfig {
-                kernel: self.kernel.clone(),
+                kernel: self.kernel.clone().context("--kernel is missing")?,
                 initramfs: self.initramfs.clone(),
                 cmdline: self.cmdline.clone(),
             },

@@ -5,9 +5,10 @@ mod cli;
 use std::process::ExitCode;
 
 use anyhow::Context as _;
+use device_servers::demo;
 use vmm::{Ending, Vm};
 
-use crate::cli::Cli;
+use crate::cli::{Cli, Command, Device};
 
 fn main() -> ExitCode {
     let cli = match Cli::from_arguments() {
@@ -15,21 +16,17 @@ fn main() -> ExitCode {
         Err(code) => return code,
     };
     cli.set_up_log();
-    match run(&cli) {
-        Ok(ending) => {
-            log::info!("{ending}");
-            if ending.exit_status() != 0 {
-                eprintln!("outrigger: {ending}");
-            }
-            ExitCode::from(ending.exit_status())
-        }
-        Err(error) => {
-            eprintln!("outrigger: {error:#}");
-            ExitCode::FAILURE
-        }
-    }
+    let done = match &cli.command {
+        Some(Command::Serve(device)) => serve(device).map(|()| ExitCode::SUCCESS),
+        None => run(&cli).map(|ending| report(&ending)),
+    };
+    done.unwrap_or_else(|error| {
+        eprintln!("outrigger: {error:#}");
+        ExitCode::FAILURE
+    })
 }
 
+/// Runs a guest until it ends for good.
 fn run(cli: &Cli) -> anyhow::Result<Ending> {
     let mut vm = Vm::new(&cli.vm_config()?)?;
     if vmm::only_emulates() {
@@ -45,5 +42,25 @@ fn run(cli: &Cli) -> anyhow::Result<Ending> {
         }
         log::info!("{ending}");
         vm.reset().context("cannot reset the guest")?;
+    }
+}
+
+/// Says how the guest ended, if it is not as usual.
+fn report(ending: &Ending) -> ExitCode {
+    log::info!("{ending}");
+    if ending.exit_status() != 0 {
+        eprintln!("outrigger: {ending}");
+    }
+    ExitCode::from(ending.exit_status())
+}
+
+/// Serves a device until the process is ended.
+fn serve(device: &Device) -> anyhow::Result<()> {
+    match device {
+        Device::Demo { socket } => {
+            let ready = || println!("listening on {}", socket.display());
+            demo::serve(&demo::Options::new(socket), ready)
+                .with_context(|| format!("--socket {}", socket.display()))
+        }
     }
 }
