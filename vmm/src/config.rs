@@ -1,5 +1,6 @@
 //! What a VM is to be: the values behind the command line, checked as far as they can be without a host.
 
+use std::collections::BTreeSet;
 use std::path::PathBuf;
 
 use crate::options::{OptionError, Options};
@@ -15,6 +16,9 @@ const PAGE: u64 = 4 << 10;
 const HUGE_PAGE: u64 = 2 << 20;
 /// The most vCPUs: APIC ids up to 254 need no extensions of interrupt messages.
 const MAX_VCPUS: u32 = 254;
+
+/// The devices of a bus, less the host bridge.
+const MAX_DEVICES: usize = 31;
 
 /// A value that no VM can have.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -45,7 +49,7 @@ pub enum ConfigError {
     #[error("--user-device: two devices have the id `{0}`")]
     SameId(String),
     /// More devices than the bus has room for.
-    #[error("--user-device: there is room for 31 devices, not {0}")]
+    #[error("--user-device: there is room for {MAX_DEVICES} devices, not {0}")]
     TooManyDevices(usize),
     /// A way to connect the serial port that there is not.
     #[error("--serial: `{0}` is none of tty, off, file=PATH and socket=PATH")]
@@ -118,15 +122,16 @@ impl VmConfig {
         if !(1..=MAX_VCPUS).contains(&self.vcpus) {
             return Err(ConfigError::Vcpus(self.vcpus));
         }
-        if self.user_devices.len() > 31 {
+        if self.user_devices.len() > MAX_DEVICES {
             return Err(ConfigError::TooManyDevices(self.user_devices.len()));
         }
-        let mut ids: Vec<_> = self.user_devices.iter().map(|device| &device.id).collect();
-        ids.sort();
-        match ids.windows(2).find(|pair| pair.first() == pair.last()) {
-            Some(pair) => Err(ConfigError::SameId(
-                pair.iter().copied().next().cloned().unwrap_or_default(),
-            )),
+        let mut ids = BTreeSet::new();
+        match self
+            .user_devices
+            .iter()
+            .find(|device| !ids.insert(&device.id))
+        {
+            Some(device) => Err(ConfigError::SameId(device.id.clone())),
             None => Ok(()),
         }
     }
