@@ -1,13 +1,14 @@
 //! What a device is, as its author says it.
 
-use std::fs::File;
-use std::ops::Range;
-use std::sync::Arc;
+mod bar;
+mod layout;
 
-use rustix::fs::fstat;
+use std::ops::Range;
+
 use thiserror::Error;
 
-use crate::config::{CONVENTIONAL_SIZE, ConfigSpace, EXPRESS_SIZE, command, register};
+pub use self::bar::Bar;
+pub(crate) use self::layout::{Layout, Places};
 
 /// What a PCI device is: its identity, its BARs, its capabilities, its interrupts and its doorbells.
 ///
@@ -42,22 +43,6 @@ pub struct Ids {
     pub revision: u8,
     /// Base class, subclass and programming interface, as in `0x01_08_02` for NVMe.
     pub class: u32,
-}
-
-/// A base address register, and the region behind it.
-#[derive(Clone, Debug)]
-pub struct Bar {
-    size: u64,
-    kind: Kind,
-    file: Option<Arc<File>>,
-    areas: Vec<Range<u64>>,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Kind {
-    Io,
-    Memory32 { prefetchable: bool },
-    Memory64 { prefetchable: bool },
 }
 
 /// Where the MSI-X table and its pending bits are. Accesses to both are served by the library.
@@ -302,207 +287,6 @@ impl Description {
         });
         self
     }
-
-    /// Checks it, and lays it out.
-    pub(crate) fn lay_out(self) -> Result<Layout, DescriptionError> {
-        self.check_bars()?;
-        self.check_msix()?;
-        self.check_doorbells()?;
-        if let Some(vectors) = self.msi
-            && !matches!(vectors, 1 | 2 | 4 | 8 | 16 | 32)
-        {
-            return Err(DescriptionError::Vectors(vectors));
-        }
-        let (config, places) = self.config_space()?;
-        Ok(Layout {
-            config,
-            places,
-            bars: self.bars,
-            intx: self.intx,
-            msi: self.msi.unwrap_or(0),
-            msix: self.msix,
-            doorbells: self.doorbells,
-        })
-    }
-
-    fn check_bars(&self) -> Result<(), DescriptionError> {
-        if let Some(bar) = self.wrong_bar {
-            return Err(DescriptionError::NoSuchBar(bar));
-        }
-        for (index, bar) in (0_u8..).zip(&self.bars) {
-            let Some(bar) = bar else { continue };
-            let sizes = match bar.kind {
-                Kind::Io => 4..=256,
-                Kind::Memory32 { .. } => 16..=1 << 31,
-                Kind::Memory64 { .. } => 16..=1 << 62,
-            };
-            if !bar.size.is_power_of_two() || !sizes.contains(&bar.size) {
-                let size = bar.size;
-                return Err(DescriptionError::BarSize { bar: index, size });
-            }
-            let upper = self.bars.get(usize::from(index) + 1);
-            if matches!(bar.kind, Kind::Memory64 { .. }) && !matches!(upper, Some(None)) {
-                return Err(DescriptionError::UpperHalf(index));
-            }
-            bar.check_areas(index)?;
-        }
-        Ok(())
-    }
-
-    fn check_msix(&self) -> Result<(), DescriptionError> {
-        let Some(msix) = &self.msix else {
-            return Ok(());
-        };
-        if !(1..=2048).contains(&msix.vectors) {
-            return Err(DescriptionError::Vectors(msix.vectors));
-        }
-        let [table, pending] = [msix.table(), msix.pending()];
-        let fits = |bar: u8, range: &Range<u64>| {
-            range.start.is_multiple_of(8) && self.is_trapped(bar, range)
-        };
-        let apart = msix.table_bar != msix.pending_bar
-            || table.end <= pending.start
-            || pending.end <= table.start;
-        if fits(msix.table_bar, &table) && fits(msix.pending_bar, &pending) && apart {
-            Ok(())
-        } else {
-            Err(DescriptionError::Msix)
-        }
-    }
-
-    fn check_doorbells(&self) -> Result<(), DescriptionError> {
-        if self.doorbells.len() > MAX_DOORBELLS {
-            return Err(DescriptionError::Doorbells);
-        }
-        for doorbell in &self.doorbells {
-            let end = doorbell.offset.saturating_add(doorbell.size.into());
-            let fits = self.is_trapped(doorbell.bar, &(doorbell.offset..end));
-            let value_fits = match doorbell.value {
-                Some(value) => doorbell.size == 8 || value >> (8 * doorbell.size) == 0,
-                None => true,
-            };
-            if !matches!(doorbell.size, 1 | 2 | 4 | 8) || !fits || !value_fits {
-                return Err(DescriptionError::Doorbell(*doorbell));
-            }
-        }
-        Ok(())
-    }
-
-    /// Whether a range is in a BAR and in no part of it that can be mapped.
-    fn is_trapped(&self, bar: u8, range: &Range<u64>) -> bool {
-        let Some(Some(bar)) = self.bars.get(usize::from(bar)) else {
-            return false;
-        };
-        let mapped = |area: &Range<u64>| area.start < range.end && range.start < area.end;
-        range.end <= bar.size && !bar.areas.iter().any(mapped)
-    }
-
-    fn config_space(&self) -> Result<(ConfigSpace, Places), DescriptionError> {
-        let is_express = self
-            .capabilities
-            .iter()
-            .any(|capability| capability.id == u16::from(EXPRESS));
-        let size = if is_express {
-            EXPRESS_SIZE
-        } else {
-            CONVENTIONAL_SIZE
-        };
-        let mut config = ConfigSpace::new(size);
-        self.define_header(&mut config);
-        let places = self.define_capabilities(&mut config)?;
-        self.define_extended(&mut config)?;
-        Ok((config, places))
-    }
-
-    fn define_header(&self, config: &mut ConfigSpace) {
-        let ids = &self.ids;
-        for (offset, id) in [
-            (register::VENDOR, ids.vendor),
-            (register::DEVICE, ids.device),
-            (register::SUBSYSTEM_VENDOR, ids.subsystem_vendor),
-            (register::SUBSYSTEM, ids.subsystem),
-        ] {
-            config.define(offset, &id.to_le_bytes(), &[0; 2]);
-        }
-        let class = ids.class << 8 | u32::from(ids.revision);
-        config.define(register::REVISION, &class.to_le_bytes(), &[0; 4]);
-        let mut writable = command::BUS_MASTER | command::PARITY | command::SERR;
-        for (index, bar) in self.bars.iter().enumerate() {
-            let Some(bar) = bar else { continue };
-            let offset = register::BAR + 4 * index;
-            let (flags, width) = match bar.kind {
-                Kind::Io => (1, 4),
-                Kind::Memory32 { prefetchable } => (u64::from(prefetchable) << 3, 4),
-                Kind::Memory64 { prefetchable } => (1 << 2 | u64::from(prefetchable) << 3, 8),
-            };
-            writable |= if bar.is_io() {
-                command::IO
-            } else {
-                command::MEMORY
-            };
-            let [value, mask] = [flags, !(bar.size - 1)].map(u64::to_le_bytes);
-            config.define(
-                offset,
-                value.get(..width).unwrap_or(&value),
-                mask.get(..width).unwrap_or(&mask),
-            );
-        }
-        if self.intx {
-            writable |= command::INTX_DISABLE;
-            config.define(register::INTERRUPT_PIN, &[1], &[0]);
-        }
-        config.define(register::INTERRUPT_LINE, &[0], &[0xff]);
-        config.define(register::CACHE_LINE_SIZE, &[0], &[0xff]);
-        config.define(register::COMMAND, &[0; 2], &writable.to_le_bytes());
-    }
-
-    fn define_capabilities(&self, config: &mut ConfigSpace) -> Result<Places, DescriptionError> {
-        let mut places = Places::default();
-        let mut offset = 0x40;
-        for (index, capability) in self.capabilities.iter().enumerate() {
-            let end = offset + 2 + capability.body.len();
-            let is_last = index + 1 == self.capabilities.len();
-            let next = end.next_multiple_of(16);
-            if end > CONVENTIONAL_SIZE || (!is_last && next >= CONVENTIONAL_SIZE) {
-                return Err(DescriptionError::Capabilities);
-            }
-            let pointer = if is_last { 0 } else { next };
-            let [id, pointer, place] = [capability.id.into(), pointer, offset]
-                .map(|value: usize| u8::try_from(value).unwrap_or(0));
-            if index == 0 {
-                config.define_capabilities(place);
-            }
-            config.define(offset, &[id, pointer], &[0; 2]);
-            config.define(offset + 2, &capability.body, &capability.writable);
-            match id {
-                MSI => places.msi = Some(offset),
-                MSIX => places.msix = Some(offset),
-                EXPRESS => places.express = Some(offset),
-                _ => {}
-            }
-            offset = next;
-        }
-        Ok(places)
-    }
-
-    fn define_extended(&self, config: &mut ConfigSpace) -> Result<(), DescriptionError> {
-        let mut offset = 0x100;
-        for (index, capability) in self.extended.iter().enumerate() {
-            let end = offset + 4 + capability.body.len();
-            let is_last = index + 1 == self.extended.len();
-            let next = end.next_multiple_of(16);
-            if end > config.size() || (!is_last && next >= config.size()) {
-                return Err(DescriptionError::Capabilities);
-            }
-            let pointer = u32::try_from(if is_last { 0 } else { next }).unwrap_or(0);
-            let version = u32::from(capability.version & 0xf);
-            let header = u32::from(capability.id) | version << 16 | pointer << 20;
-            config.define(offset, &header.to_le_bytes(), &[0; 4]);
-            config.define(offset + 4, &capability.body, &capability.writable);
-            offset = next;
-        }
-        Ok(())
-    }
 }
 
 // Capability ids (PCI Code and ID Assignment, 2 and 3).
@@ -512,84 +296,6 @@ const EXPRESS: u8 = 0x10;
 const MSIX: u8 = 0x11;
 const SERIAL_NUMBER: u16 = 0x0003;
 const VENDOR_SPECIFIC: u16 = 0x000b;
-
-impl Bar {
-    /// Registers in I/O space: 4 to 256 bytes.
-    pub fn io(size: u64) -> Self {
-        Self::new(size, Kind::Io)
-    }
-
-    /// Memory below 4 GiB.
-    pub fn memory32(size: u64) -> Self {
-        Self::new(
-            size,
-            Kind::Memory32 {
-                prefetchable: false,
-            },
-        )
-    }
-
-    /// Memory anywhere. It takes the next BAR's register too.
-    pub fn memory64(size: u64) -> Self {
-        Self::new(
-            size,
-            Kind::Memory64 {
-                prefetchable: false,
-            },
-        )
-    }
-
-    fn new(size: u64, kind: Kind) -> Self {
-        Self {
-            size,
-            kind,
-            file: None,
-            areas: Vec::new(),
-        }
-    }
-
-    /// Makes memory prefetchable: reads have no effect, and writes may be merged.
-    #[must_use]
-    pub fn prefetchable(mut self) -> Self {
-        self.kind = match self.kind {
-            Kind::Io => Kind::Io,
-            Kind::Memory32 { .. } => Kind::Memory32 { prefetchable: true },
-            Kind::Memory64 { .. } => Kind::Memory64 { prefetchable: true },
-        };
-        self
-    }
-
-    /// Lets the guest reach parts of memory without a message. The BAR begins where `file` does; the file should be a
-    /// memfd that is sealed against shrinking, as the VMM wants it.
-    ///
-    /// The device still has to serve messages for these areas: not every VMM maps them.
-    #[must_use]
-    pub fn mapped(mut self, file: Arc<File>, areas: impl IntoIterator<Item = Range<u64>>) -> Self {
-        self.file = Some(file);
-        self.areas.extend(areas);
-        self
-    }
-
-    fn check_areas(&self, index: u8) -> Result<(), DescriptionError> {
-        let length = self
-            .file
-            .as_ref()
-            .and_then(|file| fstat(file).ok())
-            .and_then(|stat| u64::try_from(stat.st_size).ok())
-            .unwrap_or(0);
-        for (at, area) in self.areas.iter().enumerate() {
-            let mut others = self.areas.iter().take(at);
-            let apart = others.all(|other| other.end <= area.start || area.end <= other.start);
-            let aligned = (area.start | area.end).is_multiple_of(PAGE_SIZE);
-            let fits = area.start < area.end && area.end <= self.size && area.end <= length;
-            if self.kind == Kind::Io || !(apart && aligned && fits) {
-                let area = area.clone();
-                return Err(DescriptionError::Area { bar: index, area });
-            }
-        }
-        Ok(())
-    }
-}
 
 impl MsixTable {
     /// What of its BAR the table takes, in bytes.
@@ -605,55 +311,8 @@ impl MsixTable {
     }
 }
 
-/// A description that has been checked.
-#[derive(Debug)]
-pub(crate) struct Layout {
-    pub(crate) config: ConfigSpace,
-    pub(crate) places: Places,
-    bars: [Option<Bar>; BARS],
-    pub(crate) intx: bool,
-    pub(crate) msi: u16,
-    pub(crate) msix: Option<MsixTable>,
-    pub(crate) doorbells: Vec<Doorbell>,
-}
-
-/// Where in configuration space the capabilities are that the library acts upon, in bytes.
-#[derive(Clone, Copy, Debug, Default)]
-pub(crate) struct Places {
-    pub(crate) msi: Option<usize>,
-    pub(crate) msix: Option<usize>,
-    pub(crate) express: Option<usize>,
-}
-
-impl Layout {
-    pub(crate) fn bar(&self, index: usize) -> Option<&Bar> {
-        self.bars.get(index)?.as_ref()
-    }
-}
-
-impl Bar {
-    pub(crate) fn size(&self) -> u64 {
-        self.size
-    }
-
-    pub(crate) fn is_io(&self) -> bool {
-        self.kind == Kind::Io
-    }
-
-    /// The file behind the areas that can be mapped, if there are any.
-    pub(crate) fn file(&self) -> Option<&Arc<File>> {
-        self.file.as_ref().filter(|_| !self.areas.is_empty())
-    }
-
-    pub(crate) fn areas(&self) -> &[Range<u64>] {
-        &self.areas
-    }
-}
-
 fn put(bytes: &mut [u8], offset: usize, value: &[u8]) {
     if let Some(bytes) = bytes.get_mut(offset..offset + value.len()) {
         bytes.copy_from_slice(value);
     }
 }
-
-const PAGE_SIZE: u64 = 4096;

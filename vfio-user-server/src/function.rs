@@ -1,5 +1,8 @@
 //! The PCI function: its configuration space and its interrupts, which the session and the device's threads share.
 
+mod msix;
+mod vector;
+
 use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -7,6 +10,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use rustix::io::Errno;
 use vfio_user_protocol::{IrqFlags, IrqSet, IrqSetFlags};
 
+use self::msix::{Place, Table};
+use self::vector::{Vector, assign, chosen, parse_flags};
 use crate::config::{ConfigSpace, command};
 use crate::description::{Layout, MsixTable, Places};
 use crate::eventfd;
@@ -29,17 +34,7 @@ struct State {
     level: bool,
     /// What unmasks INTx when it is signalled.
     unmask: Option<Arc<OwnedFd>>,
-    /// The MSI-X table, which means something to clients alone.
-    table: Vec<u8>,
-}
-
-/// One interrupt.
-#[derive(Debug, Default)]
-struct Vector {
-    event: Option<OwnedFd>,
-    masked: bool,
-    /// Whether it has been triggered while it could not be signalled.
-    pending: bool,
+    table: Table,
 }
 
 /// What a device interrupts by.
@@ -87,7 +82,7 @@ impl Function {
             vectors: counts.map(|count| (0..count).map(|_| Vector::default()).collect()),
             level: false,
             unmask: None,
-            table: new_table(msix.into()),
+            table: Table::new(msix),
         };
         Self {
             state: Mutex::new(state),
@@ -254,62 +249,34 @@ impl Function {
 
     /// Whether some of a range of a BAR is in the MSI-X table or the pending bits.
     pub(crate) fn has_msix_at(&self, bar: usize, offset: u64, count: usize) -> bool {
-        let end = offset.saturating_add(count as u64);
-        self.msix.as_ref().is_some_and(|msix| {
-            [
-                (msix.table_bar, msix.table()),
-                (msix.pending_bar, msix.pending()),
-            ]
-            .iter()
-            .any(|(its_bar, range)| {
-                usize::from(*its_bar) == bar && range.start < end && offset < range.end
-            })
-        })
+        let msix = self.msix.as_ref();
+        msix.is_some_and(|msix| msix::overlaps(msix, bar, offset, count))
     }
 
     /// Reads the MSI-X table or the pending bits; `None` if the range is not all in one of them.
     pub(crate) fn read_msix(&self, bar: usize, offset: u64, data: &mut [u8]) -> Option<()> {
-        let (is_table, start) = self.find_msix(bar, offset, data.len())?;
+        let place = msix::find(self.msix.as_ref()?, bar, offset, data.len())?;
         let state = self.lock();
-        if is_table {
-            let bytes = state.table.get(start..start.checked_add(data.len())?)?;
-            data.copy_from_slice(bytes);
-            return Some(());
-        }
-        let vectors = state.vectors.get(MSIX)?;
-        for (at, byte) in (start..).zip(data) {
-            let of_byte = vectors.iter().skip(8 * at).take(8).enumerate();
-            *byte = of_byte.fold(0, |byte, (bit, vector)| {
-                byte | u8::from(vector.pending) << bit
-            });
+        match place {
+            Place::Table(start) => state.table.read(start, data)?,
+            Place::Pending(start) => {
+                let vectors = state.vectors.get(MSIX)?;
+                for (at, byte) in (start..).zip(data) {
+                    let of_byte = vectors.iter().skip(8 * at).take(8).enumerate();
+                    let bit = |(bit, vector): (usize, &Vector)| u8::from(vector.pending) << bit;
+                    *byte = of_byte.map(bit).sum();
+                }
+            }
         }
         Some(())
     }
 
     /// Writes the MSI-X table, or the pending bits, which does nothing; `None` if the range is not all in one of them.
     pub(crate) fn write_msix(&self, bar: usize, offset: u64, data: &[u8]) -> Option<()> {
-        let (is_table, start) = self.find_msix(bar, offset, data.len())?;
-        if is_table {
-            let mut state = self.lock();
-            let bytes = state.table.get_mut(start..start.checked_add(data.len())?)?;
-            bytes.copy_from_slice(data);
+        match msix::find(self.msix.as_ref()?, bar, offset, data.len())? {
+            Place::Table(start) => self.lock().table.write(start, data),
+            Place::Pending(_) => Some(()),
         }
-        Some(())
-    }
-
-    /// Whether an access is one to the MSI-X table, or else to the pending bits, and where in it.
-    fn find_msix(&self, bar: usize, offset: u64, count: usize) -> Option<(bool, usize)> {
-        let msix = self.msix.as_ref()?;
-        let end = offset.checked_add(u64::try_from(count).ok()?)?;
-        for (its_bar, range, is_table) in [
-            (msix.table_bar, msix.table(), true),
-            (msix.pending_bar, msix.pending(), false),
-        ] {
-            if usize::from(its_bar) == bar && range.start <= offset && end <= range.end {
-                return Some((is_table, usize::try_from(offset - range.start).ok()?));
-            }
-        }
-        None
     }
 
     /// Resets what the device's reset resets: everything but the client's eventfds.
@@ -317,7 +284,7 @@ impl Function {
         let mut state = self.lock();
         state.config.reset();
         state.level = false;
-        state.table = new_table(state.table.len() / TABLE_ENTRY);
+        state.table.reset();
         for vector in state.vectors.iter_mut().flatten() {
             vector.masked = false;
             vector.pending = false;
@@ -345,7 +312,7 @@ impl Function {
         let interrupts = SavedInterrupts {
             level: state.level,
             pending,
-            table: state.table.clone(),
+            table: state.table.bytes().to_vec(),
         };
         (state.config.bytes().to_vec(), interrupts)
     }
@@ -358,11 +325,11 @@ impl Function {
         let mut pending = interrupts.pending.iter().zip(counts);
         let exist = pending
             .all(|(pending, count)| pending.iter().all(|vector| usize::from(*vector) < count));
-        if !exist || interrupts.table.len() != state.table.len() {
+        if !exist || interrupts.table.len() != state.table.bytes().len() {
             return None;
         }
         state.config.restore(config)?;
-        state.table.clone_from(&interrupts.table);
+        state.table.write(0, &interrupts.table)?;
         state.level = interrupts.level;
         state.config.set_interrupt_status(interrupts.level);
         for (kind, pending) in [MSI, MSIX].into_iter().zip(&interrupts.pending) {
@@ -438,80 +405,6 @@ impl State {
     fn intx(&mut self) -> impl Iterator<Item = &mut Vector> {
         self.vectors.get_mut(INTX).into_iter().flatten()
     }
-}
-
-impl Vector {
-    /// Signals it, or remembers that it should be.
-    fn trigger(&mut self) {
-        match &self.event {
-            Some(event) if !self.masked => eventfd::signal(event),
-            _ => self.pending = true,
-        }
-    }
-
-    fn unmask(&mut self) {
-        self.masked = false;
-        self.catch_up();
-    }
-
-    /// Signals it if it should have been.
-    fn catch_up(&mut self) {
-        if self.pending && self.event.is_some() && !self.masked {
-            self.pending = false;
-            self.signal();
-        }
-    }
-
-    fn signal(&self) {
-        if let Some(event) = &self.event {
-            eventfd::signal(event);
-        }
-    }
-}
-
-/// Assigns the vectors their eventfds, or takes them away if there are none.
-fn assign(vectors: &mut [Vector], fds: Vec<OwnedFd>) {
-    let events = fds
-        .into_iter()
-        .map(Some)
-        .chain(std::iter::repeat_with(|| None));
-    for (vector, event) in vectors.iter_mut().zip(events) {
-        vector.masked &= event.is_some();
-        vector.event = event;
-        vector.catch_up();
-    }
-}
-
-/// The action, and what says to which vectors it applies: exactly one of each.
-fn parse_flags(flags: u32) -> Result<(IrqSetFlags, IrqSetFlags), Errno> {
-    let flags = IrqSetFlags::from_bits(flags).ok_or(Errno::INVAL)?;
-    let sources = IrqSetFlags::DATA_NONE | IrqSetFlags::DATA_BOOL | IrqSetFlags::DATA_EVENTFD;
-    let (source, action) = (flags & sources, flags - sources);
-    let one = |flags: IrqSetFlags| flags.bits().is_power_of_two();
-    if one(source) && one(action) {
-        Ok((action, source))
-    } else {
-        Err(Errno::INVAL)
-    }
-}
-
-/// Which of `count` vectors are meant.
-fn chosen(source: IrqSetFlags, data: &[u8], count: usize) -> Result<Vec<bool>, Errno> {
-    if source == IrqSetFlags::DATA_NONE {
-        return Ok(vec![true; count]);
-    }
-    let data = data.get(..count).ok_or(Errno::INVAL)?;
-    Ok(data.iter().map(|byte| *byte != 0).collect())
-}
-
-/// Size of an entry of the MSI-X table in bytes.
-const TABLE_ENTRY: usize = 16;
-
-/// An MSI-X table after a reset: all vectors are masked.
-fn new_table(vectors: usize) -> Vec<u8> {
-    let mut entry = [0; TABLE_ENTRY];
-    entry[12] = 1;
-    entry.repeat(vectors)
 }
 
 /// The device's interrupts. Any thread of the device may use them, at any time: without a client, or while the client

@@ -1,24 +1,20 @@
 //! Guest memory, as the client lets the device have it.
 
-use std::fs::File;
+mod map;
+
 use std::ops::Deref;
 use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 
-use rustix::fs::{OFlags, SealFlags, Stat, fcntl_get_seals, fcntl_getfl, fstat};
 use rustix::io::Errno;
-use rustix::mm::{MapFlags, ProtFlags};
 use thiserror::Error;
 use vfio_user_protocol::{Command, DmaAccess, DmaMap, DmaMapFlags, take};
-use vm_memory::mmap::MmapRegionBuilder;
-use vm_memory::{
-    Bytes, FileOffset, GuestAddress, GuestAddressSpace, GuestMemoryMmap, GuestRegionMmap,
-    MemoryRegionAddress,
-};
+use vm_memory::{Bytes, GuestAddressSpace, GuestMemoryMmap, MemoryRegionAddress};
 use zerocopy::IntoBytes;
 
+use self::map::{Map, Region};
 use crate::dirty::{DirtyLog, PageLog};
 use crate::function::Function;
 use crate::link::{CallError, Link};
@@ -53,26 +49,6 @@ pub(crate) struct Channel {
     pub(crate) chunk: usize,
     /// How long an answer may take.
     pub(crate) limit: Duration,
-}
-
-/// What is mapped at a time.
-#[derive(Debug, Default)]
-struct Map {
-    generation: u64,
-    /// In the order of their addresses, without overlap.
-    regions: Vec<Arc<Region>>,
-    /// Those that are mapped and may be read and written.
-    mapped: GuestMemoryMmap<PageLog>,
-}
-
-#[derive(Debug)]
-struct Region {
-    start: u64,
-    /// The last address. A region is not empty.
-    last: u64,
-    access: DmaMapFlags,
-    /// Where it is in this process, unless it is reached by messages.
-    memory: Option<Arc<GuestRegionMmap<PageLog>>>,
 }
 
 /// Why the device cannot access memory.
@@ -198,51 +174,18 @@ impl Memory {
         max_regions: usize,
         sealed: bool,
     ) -> Result<(), MapError> {
-        let access = DmaMapFlags::from_bits(request.flags).ok_or(Errno::INVAL)?;
-        let last = request.size.checked_sub(1).ok_or(Errno::INVAL)?;
-        let last = request.address.checked_add(last).ok_or(Errno::INVAL)?;
-        let aligned = (request.address | request.size | request.offset).is_multiple_of(PAGE_SIZE);
-        // The last page of the address space would have an end that is no address.
-        if access.is_empty() || !aligned || last == u64::MAX {
-            return Err(Errno::INVAL);
-        }
         let map = self.map();
         if map.regions.len() >= max_regions {
             return Err(Errno::NOSPC);
         }
-        let at = map
-            .regions
-            .partition_point(|region| region.last < request.address);
-        if map.regions.get(at).is_some_and(|next| next.start <= last) {
-            return Err(Errno::EXIST);
-        }
-        let memory = file
-            .map(|file| map_file(file, request, access, sealed, &map, &self.0.log))
-            .transpose()?;
-        let mut regions = map.regions.clone();
-        let region = Region {
-            start: request.address,
-            last,
-            access,
-            memory,
-        };
-        regions.insert(at, Arc::new(region));
-        self.replace(regions)
+        self.replace(map.with(request, file, sealed, &self.0.log)?)
     }
 
     /// Takes a mapping away. To be followed by [`released`](Self::released).
     pub(crate) fn unmap_region(&self, address: u64, size: u64) -> Result<Removed, MapError> {
-        let last = size
-            .checked_sub(1)
-            .and_then(|last| address.checked_add(last));
-        let mut regions = self.map().regions.clone();
-        let at = regions
-            .iter()
-            .position(|region| region.start == address && Some(region.last) == last)
-            .ok_or(Errno::NOENT)?;
-        let removed = vec![regions.remove(at)];
+        let (regions, removed) = self.map().without(address, size)?;
         self.replace(regions)?;
-        Ok(Removed(removed))
+        Ok(Removed(vec![removed]))
     }
 
     /// Takes all mappings away. To be followed by [`released`](Self::released).
@@ -401,118 +344,6 @@ impl Memory {
 #[derive(Debug)]
 pub(crate) struct Removed(Vec<Arc<Region>>);
 
-impl Map {
-    fn new(generation: u64, regions: Vec<Arc<Region>>) -> Result<Self, MapError> {
-        let both = DmaMapFlags::READ | DmaMapFlags::WRITE;
-        let mapped: Vec<_> = regions
-            .iter()
-            .filter(|region| region.access.contains(both))
-            .filter_map(|region| region.memory.clone())
-            .collect();
-        let mapped = if mapped.is_empty() {
-            GuestMemoryMmap::new()
-        } else {
-            GuestMemoryMmap::from_arc_regions(mapped).map_err(|_| Errno::INVAL)?
-        };
-        Ok(Self {
-            generation,
-            regions,
-            mapped,
-        })
-    }
-
-    /// The pieces of a range that are mapped, from its start up to the first hole: their region, address and length.
-    fn pieces(&self, address: u64, length: usize) -> impl Iterator<Item = (&Region, u64, usize)> {
-        let first = self.regions.partition_point(|region| region.last < address);
-        let mut rest = length as u64;
-        let mut address = address;
-        self.regions.iter().skip(first).map_while(move |region| {
-            if rest == 0 || region.start > address {
-                return None;
-            }
-            let len = (region.last - address + 1).min(rest);
-            let piece = (region.as_ref(), address, usize::try_from(len).ok()?);
-            address += len;
-            rest -= len;
-            Some(piece)
-        })
-    }
-}
-
-/// Maps a file of the client.
-fn map_file(
-    file: OwnedFd,
-    request: &DmaMap,
-    access: DmaMapFlags,
-    sealed: bool,
-    map: &Map,
-    log: &Arc<DirtyLog>,
-) -> Result<Arc<GuestRegionMmap<PageLog>>, MapError> {
-    const TYPE: u32 = 0o170_000; // S_IFMT
-    const REGULAR: u32 = 0o100_000; // S_IFREG
-    let stat = fstat(&file)?;
-    let end = request
-        .offset
-        .checked_add(request.size)
-        .ok_or(Errno::INVAL)?;
-    let is_long_enough = u64::try_from(stat.st_size).is_ok_and(|size| end <= size);
-    if stat.st_mode & TYPE != REGULAR || !is_long_enough {
-        return Err(Errno::INVAL);
-    }
-    let keeps_its_size =
-        fcntl_get_seals(&file).is_ok_and(|seals| seals.contains(SealFlags::SHRINK));
-    if sealed && !keeps_its_size {
-        return Err(Errno::PERM);
-    }
-    let size = usize::try_from(request.size).map_err(|_| Errno::NOMEM)?;
-    let mut protection = ProtFlags::empty();
-    if access.contains(DmaMapFlags::READ) {
-        protection |= ProtFlags::READ;
-    }
-    if access.contains(DmaMapFlags::WRITE) {
-        protection |= ProtFlags::WRITE;
-    }
-    let [protection, flags] = [protection.bits(), MapFlags::SHARED.bits()].map(u32::cast_signed);
-    let file = map
-        .same_file(&file, &stat)
-        .unwrap_or_else(|| Arc::new(File::from(file)));
-    let log = PageLog::new(Arc::clone(log), request.address);
-    let region = MmapRegionBuilder::new_with_bitmap(size, log)
-        .with_mmap_prot(protection)
-        .with_mmap_flags(flags)
-        .with_file_offset(FileOffset::from_arc(file, request.offset))
-        .build()
-        .map_err(|error| match error {
-            vm_memory::mmap::MmapRegionError::Mmap(error) => {
-                Errno::from_io_error(&error).unwrap_or(Errno::INVAL)
-            }
-            _ => Errno::INVAL,
-        })?;
-    let region = GuestRegionMmap::new(region, GuestAddress(request.address));
-    region.map(Arc::new).ok_or(Errno::INVAL)
-}
-
-impl Map {
-    /// A descriptor that is already there for the same file, opened in the same way. Clients send the file of their
-    /// memory with each piece of it.
-    fn same_file(&self, file: &OwnedFd, stat: &Stat) -> Option<Arc<File>> {
-        let mode = |flags: OFlags| flags & OFlags::RWMODE;
-        let wanted = mode(fcntl_getfl(file).ok()?);
-        let files = self
-            .regions
-            .iter()
-            .filter_map(|region| Some(region.memory.as_ref()?.file_offset()?.arc()));
-        files
-            .filter(|other| {
-                let same = fstat(other)
-                    .is_ok_and(|other| (other.st_dev, other.st_ino) == (stat.st_dev, stat.st_ino));
-                same && fcntl_getfl(other).is_ok_and(|flags| mode(flags) == wanted)
-            })
-            .map(Arc::clone)
-            .next()
-    }
-}
-
 /// The memory that was mapped at some moment, as `vm-memory` has it.
 #[derive(Clone, Debug)]
 pub struct View {
@@ -569,8 +400,6 @@ impl From<CallError> for MemoryError {
         }
     }
 }
-
-const PAGE_SIZE: u64 = 4096;
 
 /// How long to wait for a view in one go. Its end wakes the waiter, but for one that ends while the wait begins.
 const SLICE: Duration = Duration::from_millis(20);

@@ -1110,3 +1110,81 @@ fn a_client_that_goes_in_the_middle_of_anything_leaves_the_server_alive() {
     }
     served.agreed().check_alive();
 }
+
+#[test]
+fn a_client_that_takes_no_descriptors_is_sent_none() {
+    let served = Served::new(Options::default());
+    let mut raw = served.connect();
+    raw.agree("\"max_msg_fds\":0,\"twin_socket\":{\"supported\":true}");
+    let info = words(&[4096, 0, 2, 0, 0, 0, 0, 0]);
+    let info = raw.call(Command::DeviceGetRegionInfo as u16, &info, &[]);
+    assert_eq!(info.payload, words(&[32, 3, 2, 0, 0x4000, 0, 0, 0]));
+    let bells = raw.call(
+        Command::DeviceGetRegionIoFds as u16,
+        &words(&[4096, 0, 0, 0]),
+        &[],
+    );
+    assert_eq!(bells.payload, words(&[16, 0, 0, 0]));
+    // The device works by messages alone.
+    let ring = [access(0, register::DOORBELLS, 4), vec![0; 4]].concat();
+    assert_eq!(raw.call(Command::RegionWrite as u16, &ring, &[]).errno(), 0);
+    let rung = raw.call(
+        Command::RegionRead as u16,
+        &access(0, register::BELLS, 4),
+        &[],
+    );
+    assert_eq!(rung.payload[16..], [1, 0, 0, 0]);
+}
+
+#[test]
+fn as_many_doorbells_are_offered_as_the_client_takes_descriptors() {
+    let served = Served::new(Options::default());
+    let mut raw = served.connect();
+    // The default is one.
+    raw.agree("");
+    let bells = raw.call(
+        Command::DeviceGetRegionIoFds as u16,
+        &words(&[4096, 0, 0, 0]),
+        &[],
+    );
+    assert_eq!((bells.fds.len(), bells.payload.len()), (1, 16 + 40));
+}
+
+#[test]
+fn the_clients_limit_is_kept() {
+    let served = Served::new(Options::default());
+    let mut raw = served.connect();
+    raw.agree("\"max_data_xfer_size\":64");
+    let mut read = |count| {
+        raw.call(Command::RegionRead as u16, &access(2, 0, count), &[])
+            .errno()
+    };
+    assert_eq!([read(64), read(65)], [0, EINVAL]);
+    let map = [words(&[32, 3]), longs(&[0, 0x1000, 0x1000])].concat();
+    assert_eq!(raw.call(Command::DmaMap as u16, &map, &[]).errno(), 0);
+    for (region, offset, value) in [
+        (7, 0, 6 << 32),
+        (0, register::ADDRESS, 0x1000),
+        (0, register::LENGTH, 100),
+        (0, register::FILL, 5),
+    ] {
+        let payload = [access(region, offset, 8), longs(&[value])].concat();
+        raw.send(&message(Command::RegionWrite as u16, &payload), &[]);
+        if offset != register::FILL {
+            assert_eq!(raw.receive().unwrap().errno(), 0);
+        }
+    }
+    for (address, count) in [(0x1000, 64), (0x1040, 36)] {
+        let asked = raw.receive().unwrap();
+        let (access, data) = take::<DmaAccess>(&asked.payload).unwrap();
+        assert_eq!((access.address, access.count), (address, count));
+        assert_eq!(data.len() as u64, count);
+        // By the letter of the specification, this reply has 12 bytes.
+        let reply = &access.as_bytes()[..12];
+        raw.send(
+            &[asked.header.reply(reply.len()).as_bytes(), reply].concat(),
+            &[],
+        );
+    }
+    assert_eq!(raw.receive().unwrap().errno(), 0);
+}

@@ -57,7 +57,8 @@ pub(super) fn description(ram: &Arc<File>, vectors: u16) -> Description {
         2,
         Bar::memory64(RAM_SIZE)
             .prefetchable()
-            .mapped(Arc::clone(ram), [MAPPED]),
+            .backed_by(Arc::clone(ram))
+            .mappable(MAPPED),
     )
     .bar(4, Bar::io(PORTS as u64))
     .intx()

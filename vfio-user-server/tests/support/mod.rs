@@ -87,7 +87,9 @@ pub(crate) fn description(ram: &Arc<File>) -> Description {
         2,
         Bar::memory64(0x4000)
             .prefetchable()
-            .mapped(Arc::clone(ram), AREAS),
+            .backed_by(Arc::clone(ram))
+            .mappable(AREAS[0].clone())
+            .mappable(AREAS[1].clone()),
     )
     .bar(4, Bar::io(0x20))
     .intx()
