@@ -97,7 +97,7 @@ impl Keyboard {
 
     fn watch(&mut self, ops: &mut EventOps<'_>) {
         // A plain file cannot be watched, and is no keyboard.
-        let watched = ops.add(Self::typed()).is_ok();
+        let watched = self.terminal.is_readable() && ops.add(Self::typed()).is_ok();
         self.state = if watched {
             State::Watched
         } else {

@@ -13,15 +13,30 @@ static COOKED: Mutex<Option<Termios>> = Mutex::new(None);
 /// Standard input. If it is a terminal that this process may read, it is in raw mode while the value lives.
 #[derive(Debug)]
 pub(super) struct Terminal {
-    is_raw: bool,
+    kind: Kind,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Kind {
+    /// A terminal with a user before it, in raw mode.
+    Raw,
+    /// A terminal that is somebody else's at the moment: reading from it would stop this process.
+    Background,
+    /// A pipe, a file or a device.
+    Other,
 }
 
 impl Terminal {
     /// Puts the terminal, if it is one, into raw mode: keys come one by one, and none of them signals the process.
     pub(super) fn raw() -> io::Result<Self> {
         let stdin = stdin();
-        if !stdin.is_terminal() || !in_foreground(&stdin) {
-            return Ok(Self { is_raw: false });
+        if !stdin.is_terminal() {
+            return Ok(Self { kind: Kind::Other });
+        }
+        if !in_foreground(&stdin) {
+            return Ok(Self {
+                kind: Kind::Background,
+            });
         }
         let cooked = tcgetattr(&stdin)?;
         let mut raw = cooked.clone();
@@ -31,12 +46,17 @@ impl Terminal {
         restore_on_panic();
         *COOKED.lock().unwrap_or_else(PoisonError::into_inner) = Some(cooked);
         tcsetattr(&stdin, OptionalActions::Now, &raw)?;
-        Ok(Self { is_raw: true })
+        Ok(Self { kind: Kind::Raw })
     }
 
     /// Whether this is a terminal, with a user before it.
     pub(super) fn is_raw(&self) -> bool {
-        self.is_raw
+        self.kind == Kind::Raw
+    }
+
+    /// Whether anything may be read from it.
+    pub(super) fn is_readable(&self) -> bool {
+        self.kind != Kind::Background
     }
 }
 
