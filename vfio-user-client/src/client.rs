@@ -3,8 +3,7 @@
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
-use std::sync::Arc;
-use std::sync::atomic::AtomicUsize;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use vfio_user_protocol::{
@@ -18,6 +17,7 @@ use crate::counters::Counters;
 use crate::dma::{DmaService, GuestDma, MAX_DATA};
 use crate::error::{ConnError, Loss};
 use crate::options::{Deadlines, Options};
+use crate::setup::Setup;
 use crate::socket::{MAX_FDS, Socket};
 use crate::twin::Twin;
 
@@ -46,8 +46,8 @@ pub struct Client {
     _twin: Option<Twin>,
     pub(crate) limits: Limits,
     pub(crate) deadlines: Deadlines,
-    /// How many DMA mappings the server has.
-    pub(crate) maps: AtomicUsize,
+    /// What the server keeps. Never locked during a call.
+    setup: Mutex<Setup>,
 }
 
 impl Client {
@@ -97,7 +97,7 @@ impl Client {
             _twin: twin,
             limits,
             deadlines: options.deadlines.clone(),
-            maps: AtomicUsize::new(0),
+            setup: Mutex::default(),
         })
     }
 
@@ -131,6 +131,21 @@ impl Client {
     /// [`ConnError::Draining`] if they have not, [`ConnError::Lost`] if the connection is lost.
     pub fn drain(&self, limit: Duration) -> Result<(), ConnError> {
         self.connection.drain(limit)
+    }
+
+    /// Ends the connection. Whoever waits in a call, and whoever calls later, gets [`ConnError::Lost`].
+    pub fn close(&self) {
+        self.connection.close(Loss::Dropped);
+    }
+
+    /// What the server has been told to keep, as far as it has said that it does. It is still known when the connection
+    /// is lost.
+    pub fn setup(&self) -> Setup {
+        self.lock_setup().clone()
+    }
+
+    pub(crate) fn lock_setup(&self) -> MutexGuard<'_, Setup> {
+        self.setup.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Sends a command and waits for the reply.
@@ -177,7 +192,7 @@ impl AsFd for Client {
 
 impl Drop for Client {
     fn drop(&mut self) {
-        self.connection.close(Loss::Dropped);
+        self.close();
     }
 }
 

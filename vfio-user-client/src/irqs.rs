@@ -1,6 +1,7 @@
 //! Interrupts.
 
-use std::os::fd::BorrowedFd;
+use std::os::fd::{BorrowedFd, OwnedFd};
+use std::sync::Arc;
 
 use vfio_user_protocol::{Command, IrqSet, IrqSetFlags};
 use zerocopy::IntoBytes;
@@ -82,8 +83,8 @@ impl Client {
     ///
     /// # Errors
     ///
-    /// [`ConnError::Limit`] if the server takes no descriptors, or more than 32 thousand interrupts are chosen, and
-    /// those that every call has.
+    /// [`ConnError::Limit`] if the server takes no descriptors, or more than 32 thousand interrupts are chosen,
+    /// [`ConnError::System`] if this process can have no more descriptors, and those that every call has.
     pub fn set_irqs(
         &self,
         index: u32,
@@ -91,19 +92,23 @@ impl Client {
         action: IrqAction,
         irqs: Irqs<'_>,
     ) -> Result<(), ConnError> {
-        let action = match action {
+        let flags = match action {
             IrqAction::Mask => IrqSetFlags::ACTION_MASK,
             IrqAction::Unmask => IrqSetFlags::ACTION_UNMASK,
             IrqAction::Trigger => IrqSetFlags::ACTION_TRIGGER,
         };
         match irqs {
             Irqs::All(count) => {
-                let set = IrqSet::new(action | IrqSetFlags::DATA_NONE, index, start, count, 0);
-                self.send_irqs(&set, &[], &[])
+                let set = IrqSet::new(flags | IrqSetFlags::DATA_NONE, index, start, count, 0);
+                self.send_irqs(&set, &[], &[])?;
+                if action == IrqAction::Trigger && count == 0 {
+                    self.lock_setup().remove_events(index);
+                }
+                Ok(())
             }
             Irqs::Chosen(chosen) => {
                 let count = length(chosen)?;
-                let set = IrqSet::new(action | IrqSetFlags::DATA_BOOL, index, start, count, count);
+                let set = IrqSet::new(flags | IrqSetFlags::DATA_BOOL, index, start, count, count);
                 self.send_irqs(&set, chosen, &[])
             }
             Irqs::Events(events) => {
@@ -114,8 +119,10 @@ impl Client {
                 for events in events.chunks(self.limits.max_msg_fds) {
                     let count = length(events)?;
                     let set =
-                        IrqSet::new(action | IrqSetFlags::DATA_EVENTFD, index, start, count, 0);
+                        IrqSet::new(flags | IrqSetFlags::DATA_EVENTFD, index, start, count, 0);
+                    let kept = keep(events)?;
                     self.send_irqs(&set, &[], events)?;
+                    self.lock_setup().add_events(index, start, action, kept);
                     start = start.saturating_add(count);
                 }
                 Ok(())
@@ -138,6 +145,13 @@ impl Client {
         };
         self.call(&request, self.deadlines.control).map(drop)
     }
+}
+
+/// Descriptors of our own for the events.
+fn keep(events: &[BorrowedFd<'_>]) -> Result<Vec<Arc<OwnedFd>>, ConnError> {
+    let keep = |event: &BorrowedFd<'_>| event.try_clone_to_owned().map(Arc::new);
+    let kept = events.iter().map(keep).collect::<Result<_, _>>();
+    kept.map_err(ConnError::System)
 }
 
 /// The length of a list that goes into one message.

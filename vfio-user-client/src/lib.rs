@@ -49,6 +49,7 @@ mod migration;
 mod options;
 mod reader;
 mod regions;
+mod setup;
 mod socket;
 mod twin;
 mod watch;
@@ -63,6 +64,7 @@ pub use irqs::{IrqAction, Irqs};
 pub use maps::DmaAccess;
 pub use options::{Deadlines, Options};
 pub use regions::RegionWrite;
+pub use setup::Setup;
 
 pub use vfio_user_protocol::{
     Command, DeviceState, Limits, LoggingRange, MigrationFlags, ProtocolError,

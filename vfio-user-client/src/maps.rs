@@ -1,7 +1,7 @@
 //! Guest memory that the device may access.
 
 use std::os::fd::BorrowedFd;
-use std::sync::atomic::Ordering;
+use std::sync::Arc;
 
 use vfio_user_protocol::{Command, DmaMap, DmaMapFlags, DmaUnmap};
 use zerocopy::IntoBytes;
@@ -10,6 +10,7 @@ use crate::calls::Expected;
 use crate::client::Client;
 use crate::connection::Request;
 use crate::error::ConnError;
+use crate::setup::Map;
 
 /// What the device may do with memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -29,7 +30,7 @@ impl Client {
     /// # Errors
     ///
     /// [`ConnError::Limit`] if the server has no page size of which the range consists, or as many mappings as it
-    /// takes, and those that every call has.
+    /// takes, [`ConnError::System`] if this process can have no more descriptors, and those that every call has.
     pub fn dma_map(
         &self,
         iova: u64,
@@ -56,15 +57,15 @@ impl Client {
             fds: fd.as_slice(),
             expected: Expected { payload: 0, fds: 0 },
         };
-        if self.maps.fetch_add(1, Ordering::Relaxed) >= self.limits.max_dma_maps {
-            self.maps.fetch_sub(1, Ordering::Relaxed);
+        if self.lock_setup().maps() >= self.limits.max_dma_maps {
             return Err(ConnError::Limit("it takes no more mappings"));
         }
-        let mapped = self.call(&request, self.deadlines.dma_map).map(drop);
-        if let Err(ConnError::Refused { .. }) = mapped {
-            self.maps.fetch_sub(1, Ordering::Relaxed);
-        }
-        mapped
+        let kept = fd.map(|fd| fd.try_clone_to_owned()).transpose();
+        let kept = kept.map_err(ConnError::System)?;
+        self.call(&request, self.deadlines.dma_map)?;
+        let file = kept.map(|file| (Arc::new(file), offset));
+        self.lock_setup().add_map(iova, Map { size, file, access });
+        Ok(())
     }
 
     /// Takes back memory that was given with exactly this address and size. When this returns, the device does not
@@ -74,13 +75,11 @@ impl Client {
     ///
     /// [`ConnError`], as for every call.
     pub fn dma_unmap(&self, iova: u64, size: u64) -> Result<(), ConnError> {
-        self.unmap(&DmaUnmap::new(iova, size))?;
-        // It cannot fall below 0 but by unmapping what was not mapped, which a server refuses.
-        let less = |maps: usize| Some(maps.saturating_sub(1));
-        let _ = self
-            .maps
-            .fetch_update(Ordering::Relaxed, Ordering::Relaxed, less);
-        Ok(())
+        let unmapped = self.unmap(&DmaUnmap::new(iova, size));
+        if is_gone(&unmapped) {
+            self.lock_setup().remove_map(iova);
+        }
+        unmapped
     }
 
     /// Takes back all memory. Only libvfio-user is known to understand this.
@@ -89,9 +88,11 @@ impl Client {
     ///
     /// [`ConnError`], as for every call.
     pub fn dma_unmap_all(&self) -> Result<(), ConnError> {
-        self.unmap(&DmaUnmap::all())?;
-        self.maps.store(0, Ordering::Relaxed);
-        Ok(())
+        let unmapped = self.unmap(&DmaUnmap::all());
+        if is_gone(&unmapped) {
+            self.lock_setup().remove_maps();
+        }
+        unmapped
     }
 
     fn unmap(&self, unmap: &DmaUnmap) -> Result<(), ConnError> {
@@ -108,4 +109,9 @@ impl Client {
         };
         self.call(&request, self.deadlines.dma_map).map(drop)
     }
+}
+
+/// Whether the device cannot have the memory any more, now that taking it back has ended like this.
+fn is_gone(unmapped: &Result<(), ConnError>) -> bool {
+    matches!(unmapped, Ok(()) | Err(ConnError::Lost(_)))
 }
