@@ -9,7 +9,7 @@ LAB_DEADLINE ?= 2400
 CARGO ?= cargo
 SKIPPED := $(CURDIR)/target/skipped-tests
 RELEASE := target/release
-PROGRAMS := --package vmm --bin outrigger --package tests --bin test-device --bin lab-cases --bin bench
+PROGRAMS := --package vmm --bin outrigger --package tests --bin lab-cases --bin bench
 
 .PHONY: help demo test unit lab setup programs bench lint clean
 

@@ -24,7 +24,7 @@ trap 'kill $(jobs -p) 2>/dev/null || true; rm -rf "$folder"' EXIT
 
 echo "demo: starting a vfio-user device server"
 mkfifo "$folder/server"
-"$programs/test-device" --socket "$folder/device.sock" >"$folder/server" 2>/dev/null &
+"$programs/outrigger" serve demo --socket "$folder/device.sock" >"$folder/server" 2>/dev/null &
 read -r listening <"$folder/server" # it says so when it listens
 echo "demo: $listening"
 

@@ -1,8 +1,8 @@
 //! Integration tests, the lab and the benchmarks.
 #![forbid(unsafe_code)]
 
-pub mod device;
 pub mod device_thread;
+pub mod foreign;
 pub mod lab;
 pub mod outrigger;
 pub mod tiny;

@@ -8,8 +8,6 @@ use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 use std::{env, io, thread};
 
-use crate::device_thread::DeviceThread;
-
 /// The `outrigger` binary, built in the profile of the test that asks for it.
 pub fn binary() -> &'static Path {
     static BINARY: OnceLock<PathBuf> = OnceLock::new();
@@ -43,12 +41,12 @@ pub fn run(arguments: &[&str]) -> io::Result<Output> {
     wait(child)
 }
 
-/// Runs a tiny guest with a device until it ends.
+/// Runs a tiny guest with the device behind a socket until it ends.
 ///
 /// # Errors
 /// As of [`run`].
-pub fn run_with_device(kernel: &Path, device: &DeviceThread) -> io::Result<Output> {
-    let socket = format!("socket={}", device.socket().display());
+pub fn run_with_device(kernel: &Path, socket: &Path) -> io::Result<Output> {
+    let socket = format!("socket={}", socket.display());
     let kernel = kernel.to_string_lossy();
     run(&[
         "--kernel",

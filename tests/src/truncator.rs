@@ -2,26 +2,29 @@
 
 use std::fs::File;
 use std::io::{self, ErrorKind};
-use std::os::fd::AsRawFd;
+use std::sync::Arc;
 
 use iced_x86::code_asm::{dword_ptr, eax, ebp, edi};
 use rustix::fs::{MemfdFlags, memfd_create};
 use tempfile::NamedTempFile;
+use vfio_user_server::{Bar, Description, Device};
 
-use crate::device_thread::{Bar, DeviceThread, Registers};
+use crate::device_thread::{DeviceThread, IDS};
 use crate::tiny::{self, FIRST_DEVICE};
 
 /// The file behind BAR 1; a write to BAR 0 truncates it.
-struct Truncator(File);
+struct Truncator(Arc<File>);
 
-impl Registers for Truncator {
-    fn read(&mut self, _: u32, _: u64, _: &mut [u8]) -> io::Result<()> {
+impl Device for Truncator {
+    fn read(&mut self, _: usize, _: u64, _: &mut [u8]) -> io::Result<()> {
         Err(ErrorKind::InvalidInput.into())
     }
 
-    fn write(&mut self, bar: u32, _: u64, _: &[u8]) -> io::Result<()> {
+    fn write(&mut self, bar: usize, _: u64, _: &[u8]) -> io::Result<()> {
         if bar == 0 { self.0.set_len(0) } else { Ok(()) }
     }
+
+    fn reset(&mut self) {}
 }
 
 /// Starts the server.
@@ -30,17 +33,14 @@ impl Registers for Truncator {
 /// When it does not start.
 pub fn serve() -> anyhow::Result<DeviceThread> {
     const SIZE: u64 = 0x1000;
-    let file: File = memfd_create("bar", MemfdFlags::CLOEXEC)?.into();
+    let file = File::from(memfd_create("bar", MemfdFlags::CLOEXEC)?);
     file.set_len(SIZE)?;
-    let trapped = Bar {
-        size: SIZE,
-        ..Bar::default()
-    };
-    let mapped = Bar {
-        file: Some(file.as_raw_fd()),
-        ..trapped
-    };
-    DeviceThread::custom(Truncator(file), &[trapped, mapped])
+    let file = Arc::new(file);
+    let mapped = Bar::memory32(SIZE).backed_by(Arc::clone(&file));
+    let description = Description::new(IDS)
+        .bar(0, Bar::memory32(SIZE))
+        .bar(1, mapped.mappable(0..SIZE));
+    DeviceThread::custom(description, |_| Truncator(file))
 }
 
 /// A guest that prints A when the BAR is memory, and B when it then reads as all-ones.

@@ -12,7 +12,7 @@ fn truncated_bar_is_lost_and_the_guest_goes_on() {
     }
     let server = truncator::serve().unwrap();
     let kernel = truncator::guest().unwrap();
-    let output = outrigger::run_with_device(kernel.path(), &server).unwrap();
+    let output = outrigger::run_with_device(kernel.path(), server.socket()).unwrap();
     let said = String::from_utf8_lossy(&output.stderr);
     assert_eq!(
         (output.status.code(), output.stdout.as_slice()),

@@ -7,7 +7,7 @@ use tests::device_thread::DeviceThread;
 use tests::outrigger::{self, has_kvm};
 use tests::tiny::{self, Code, FIRST_DEVICE, IO_APIC, LOCAL_APIC, SCRATCH};
 
-/// Config space: the Command register, BARs 0 and 1, and where the test device has its MSI-X capability.
+/// Config space: the Command register, BARs 0 and 1, and where the demo device has its MSI-X capability.
 const COMMAND: u32 = FIRST_DEVICE + 0x04;
 const BAR0: u32 = FIRST_DEVICE + 0x10;
 const BAR1: u32 = FIRST_DEVICE + 0x14;
@@ -21,7 +21,7 @@ const NO_INTX: u32 = 1 << 10;
 const COUNT: u32 = SCRATCH + 0x100;
 
 fn output_of(kernel: &tempfile::NamedTempFile, device: &DeviceThread) -> String {
-    let output = outrigger::run_with_device(kernel.path(), device).unwrap();
+    let output = outrigger::run_with_device(kernel.path(), device.socket()).unwrap();
     let said = String::from_utf8_lossy(&output.stderr);
     assert_eq!(output.status.code(), Some(0), "{said}");
     String::from_utf8(output.stdout).unwrap()
@@ -32,7 +32,7 @@ fn msix_vectors_reach_their_handlers_and_wait_while_masked() {
     if !has_kvm() {
         return;
     }
-    let device = DeviceThread::test_device().unwrap();
+    let device = DeviceThread::demo().unwrap();
     let pba = i32::try_from(PBA_OFFSET).unwrap();
     let raise = i32::try_from(RAISE).unwrap();
     let kernel = tiny::guest(|code| {
@@ -102,7 +102,7 @@ fn intx_comes_again_while_the_device_holds_it() {
     if !has_kvm() {
         return;
     }
-    let device = DeviceThread::test_device().unwrap();
+    let device = DeviceThread::demo().unwrap();
     let intx = i32::try_from(INTX).unwrap();
     let kernel = tiny::guest(|code| {
         let mut served = code.create_label();
@@ -139,7 +139,7 @@ fn intx_comes_again_after_it_was_disabled_in_its_handler() {
     if !has_kvm() {
         return;
     }
-    let device = DeviceThread::test_device().unwrap();
+    let device = DeviceThread::demo().unwrap();
     let intx = i32::try_from(INTX).unwrap();
     let kernel = tiny::guest(|code| {
         let mut served = code.create_label();

@@ -9,9 +9,10 @@ use std::time::{Duration, Instant};
 use std::{fs, thread};
 
 use iced_x86::code_asm::{al, byte_ptr, dword_ptr, dx, ebp, ecx, edi, edx};
-use tests::device_thread::{Bar, DeviceThread, Registers};
+use tests::device_thread::{DeviceThread, IDS};
 use tests::outrigger::has_kvm;
 use tests::tiny::{self, Code, FIRST_DEVICE, SCRATCH};
+use vfio_user_server::{Bar, Description, Device};
 use vmm::{
     Ending, MemoryConfig, PayloadConfig, SerialConfig, UserDeviceConfig, Vcpus, Vm, VmConfig,
 };
@@ -26,27 +27,15 @@ struct Pauser {
     paused: mpsc::Sender<()>,
 }
 
-const MEMORY: u32 = 0;
-const BARS: [Bar; 2] = [
-    Bar {
-        size: 0x2000,
-        io: false,
-        file: None,
-    },
-    Bar {
-        size: 0x10,
-        io: true,
-        file: None,
-    },
-];
+const MEMORY: usize = 0;
 
 /// The byte at this offset of the memory BAR.
 fn pattern(offset: u64) -> u8 {
     offset.wrapping_mul(37).to_le_bytes()[0]
 }
 
-impl Registers for Pauser {
-    fn read(&mut self, bar: u32, offset: u64, data: &mut [u8]) -> io::Result<()> {
+impl Device for Pauser {
+    fn read(&mut self, bar: usize, offset: u64, data: &mut [u8]) -> io::Result<()> {
         for (byte, offset) in data.iter_mut().zip(offset..) {
             let count = self.bytes_read.fetch_add(1, Ordering::Relaxed);
             *byte = if bar == MEMORY {
@@ -62,9 +51,11 @@ impl Registers for Pauser {
         Ok(())
     }
 
-    fn write(&mut self, _: u32, _: u64, _: &[u8]) -> io::Result<()> {
+    fn write(&mut self, _: usize, _: u64, _: &[u8]) -> io::Result<()> {
         Ok(())
     }
+
+    fn reset(&mut self) {}
 }
 
 /// Runs a guest, pauses it when it has read so many bytes of the device, lets it go on when it stands still, and says
@@ -81,7 +72,10 @@ fn pause_and_resume(kernel: &Path, pause_at: u32) -> (String, u32, u32) {
         vcpus: vcpus.clone(),
         paused: sender,
     };
-    let server = DeviceThread::custom(pauser, &BARS).unwrap();
+    let description = Description::new(IDS)
+        .bar(0, Bar::memory32(0x2000))
+        .bar(1, Bar::io(0x10));
+    let server = DeviceThread::custom(description, |_| pauser).unwrap();
     let mut vm = Vm::new(&VmConfig {
         payload: PayloadConfig {
             kernel: kernel.to_owned(),

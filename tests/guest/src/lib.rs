@@ -1,14 +1,4 @@
-//! The test device as both its ends see it: the server (`tests::device`) and the program that drives it in a guest.
-//!
-//! | BAR | is | holds |
-//! |---|---|---|
-//! | 0 | memory, 32 bits, 4 KiB | the registers below, always trapped |
-//! | 1 | memory, 32 bits, 4 KiB | MSI-X table at 0, pending bits at [`PBA_OFFSET`] |
-//! | 2 | memory, 64 bits, prefetchable, 64 KiB | RAM, of which [`MAPPED`] can be mapped and the rest is trapped |
-//! | 4 | I/O, 32 bytes | RAM as well, trapped |
-//!
-//! All registers are 32 bits wide and little-endian, and read as any aligned part of 1, 2, 4 or 8 bytes. Writes that make
-//! the device do something are of the whole register; [`SCRATCH`] takes any width.
+//! The demo device as its driver knows it. The server documents the registers: `device_servers::demo`.
 #![forbid(unsafe_code)]
 
 use core::ops::Range;
@@ -28,8 +18,6 @@ pub const SERIAL_NUMBER: [u32; 2] = [0x6967_6765, 0x4f75_7472];
 pub const BAR_SIZES: [u64; 6] = [0x1000, 0x1000, 0x1_0000, 0, 0x20, 0];
 /// What of BAR 2 the server offers for mapping.
 pub const MAPPED: Range<u64> = 0x4000..0xc000;
-/// MSI-X vectors.
-pub const MSIX_VECTORS: u16 = 8;
 /// Where in BAR 1 the pending bits are.
 pub const PBA_OFFSET: u64 = 0x800;
 /// MSI vectors.
@@ -65,6 +53,8 @@ pub const RAM_OFFSET: u64 = 0x34;
 pub const RAM_DATA: u64 = 0x38;
 /// How many accesses to BAR 2 reached the server as messages.
 pub const RAM_TRAPS: u64 = 0x3c;
+/// Number of MSI-X vectors.
+pub const VECTORS: u64 = 0x40;
 
 /// [`DMA_COMMAND`]: write the [`pattern`] to guest memory.
 pub const DMA_WRITE: u32 = 1;

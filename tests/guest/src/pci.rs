@@ -167,7 +167,8 @@ impl Device {
     pub(crate) fn extended_capabilities(&self) -> Result<Vec<(u16, u16)>> {
         let mut found = Vec::new();
         let mut offset = 0x100;
-        while offset != 0 {
+        // Without PCI Express there is no config space for them.
+        while offset != 0 && self.config_len()? > 0x100 {
             ensure!(
                 found.len() < 960,
                 "the extended capability list does not end"

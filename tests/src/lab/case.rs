@@ -98,18 +98,15 @@ impl<'a> Case<'a> {
         Process::start(command, &self.images.logs().join(log))
     }
 
-    /// Starts a server with a test device that lives as long as the case, and returns the path of its socket.
+    /// Starts a server with a demo device that lives as long as the case, and returns the path of its socket.
     ///
     /// # Errors
     /// When it does not listen.
     pub fn device(&mut self) -> Result<PathBuf> {
         let socket = self.path(&format!("device-{}", self.devices.len()));
-        let mut command = Process::command(&self.programs.join("test-device"));
-        command
-            .env("RUST_LOG", "debug")
-            .arg("--socket")
-            .arg(&socket);
-        let mut server = self.start(&mut command)?;
+        let mut command = self.outrigger();
+        command.args(["serve", "demo", "--socket"]);
+        let mut server = self.start(command.arg(&socket))?;
         server.wait_for("listening", SOON)?;
         self.devices.push(server);
         Ok(socket)

@@ -2,9 +2,10 @@
 
 use anyhow::{Result, ensure};
 use guest::{
-    BAR_SIZES, CLASS_REVISION, DEVICE, MSIX_VECTORS, PBA_OFFSET, SERIAL_NUMBER, SUBSYSTEM, VENDOR,
+    BAR_SIZES, CLASS_REVISION, DEVICE, PBA_OFFSET, SERIAL_NUMBER, SUBSYSTEM, VECTORS, VENDOR,
 };
 
+use super::at;
 use crate::pci::{Bar, Device, regs};
 
 /// Identity, access widths and write masks of the header.
@@ -76,9 +77,11 @@ pub(super) fn capabilities(device: &Device) -> Result<()> {
     );
 
     let msix = device.capability(regs::CAP_MSIX)?;
+    device.command(regs::COMMAND_MEMORY, 0)?;
+    let vectors = device.map(0)?.read::<u32>(at(VECTORS));
     ensure!(
-        device.config16(msix + 2)? & 0x7ff == MSIX_VECTORS - 1,
-        "wrong number of MSI-X vectors"
+        u32::from(device.config16(msix + 2)? & 0x7ff) + 1 == vectors,
+        "not {vectors} MSI-X vectors"
     );
     ensure!(
         device.config32(msix + 4)? == 1,

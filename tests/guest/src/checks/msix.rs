@@ -1,7 +1,7 @@
 //! MSI-X.
 
 use anyhow::{Context, Result, ensure};
-use guest::{MSIX_VECTORS, PBA_OFFSET, RAISE};
+use guest::{PBA_OFFSET, RAISE};
 
 use super::at;
 use crate::interrupts::{self, Cpu, VECTORS};
@@ -12,6 +12,7 @@ use crate::pci::{Device, regs};
 struct Msix<'a> {
     device: &'a Device,
     control: u16,
+    vectors: u16,
     registers: Mapping,
     table: Mapping,
 }
@@ -23,10 +24,12 @@ impl<'a> Msix<'a> {
     fn enable(device: &'a Device) -> Result<Self> {
         device.command(regs::COMMAND_MEMORY | regs::COMMAND_MASTER, 0)?;
         let control = device.capability(regs::CAP_MSIX)? + 2;
+        let registers = device.map(0)?;
         let msix = Self {
             device,
             control,
-            registers: device.map(0)?,
+            vectors: u16::try_from(registers.read::<u32>(at(guest::VECTORS)))?,
+            registers,
             table: device.map(1)?,
         };
         msix.set_control(Self::ENABLE)?;
@@ -64,7 +67,7 @@ impl<'a> Msix<'a> {
 
 impl Drop for Msix<'_> {
     fn drop(&mut self) {
-        (0..MSIX_VECTORS).for_each(|entry| self.mask(entry, true));
+        (0..self.vectors).for_each(|entry| self.mask(entry, true));
         // Nothing is left to do about an error, and the next check meets it.
         let _ = self.set_control(0);
     }
@@ -78,7 +81,7 @@ pub(super) fn vectors(device: &Device) -> Result<()> {
     for round in 0..2 {
         let targets = cpus.iter().cycle().skip(round);
         let vectors = VECTORS.iter().cycle().skip(round);
-        for (entry, (cpu, (vector, _))) in (0..MSIX_VECTORS).zip(targets.zip(vectors)) {
+        for (entry, (cpu, (vector, _))) in (0..msix.vectors).zip(targets.zip(vectors)) {
             msix.mask(entry, true);
             msix.program(entry, *cpu, *vector);
             msix.mask(entry, false);

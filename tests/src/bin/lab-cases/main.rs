@@ -28,6 +28,7 @@ fn main() -> ExitCode {
     let mut suite = Suite::new(Images::new(options.lab), options.names);
     suite.run("no-kvm", no_kvm::refused);
     suite.run("truncated-bar", servers::truncated_bar);
+    suite.run("foreign-device", servers::foreign_device);
     suite.run("linux-6.12", boot::linux_6_12);
     suite.run("linux-6.1-huge-pages", boot::linux_6_1_huge_pages);
     suite.run("four-cpus-4g-two-devices", boot::four_cpus_4g_two_devices);

@@ -1,25 +1,27 @@
-//! The test device: a vfio-user server that shows a PCI function with everything that an endpoint must carry. Its
-//! registers are described in the crate [`guest`], whose program drives them.
+//! A device behind a vfio-user server that nobody here wrote: that of the crate `vfio_user`.
 //!
-//! The server is that of the crate `vfio_user`, so that the VMM is tested against a peer that is not its own.
+//! Client and server of our own could agree on the same mistake. A VMM that works with this one, too, does not. It is a
+//! simple relative of the demo device, with the same registers as far as it has them, and without MSI and doorbells.
 
 mod config;
 mod dma;
 mod interrupts;
 
-use std::fs::{self, File};
+use std::fs::File;
 use std::io::{self, ErrorKind};
 use std::ops::Range;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::thread;
 
 use guest::{
     BAR_SIZES, DMA_ADDRESS, DMA_COMMAND, DMA_LENGTH, DMA_MAX, DMA_READ, DMA_SEED, DMA_STATUS,
     DMA_SUM, DMA_WRITE, INTX, MAGIC, MAGIC_VALUE, MAPPED, RAISE, RAM_DATA, RAM_OFFSET, RAM_TRAPS,
-    RESETS, SCRATCH,
+    SCRATCH,
 };
 use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, memfd_create};
+use tempfile::TempDir;
 use vfio_bindings::bindings::vfio::{
     VFIO_PCI_CONFIG_REGION_INDEX, VFIO_REGION_INFO_FLAG_MMAP, VFIO_REGION_INFO_FLAG_READ,
     VFIO_REGION_INFO_FLAG_WRITE, vfio_region_info, vfio_region_sparse_mmap_area,
@@ -30,32 +32,42 @@ use self::config::ConfigSpace;
 use self::dma::Dma;
 use self::interrupts::Interrupts;
 
-/// Serves one client after the other on a socket at `path`. Calls `ready` when clients may connect.
-///
-/// # Errors
-/// When the socket cannot be made or used. A client that misbehaves is logged and left.
-pub fn serve(path: &Path, ready: impl FnOnce()) -> Result<(), vfio_user::Error> {
-    let mut device = TestDevice::new().map_err(vfio_user::Error::Backend)?;
-    match fs::remove_file(path) {
-        Err(error) if error.kind() != ErrorKind::NotFound => {
-            return Err(vfio_user::Error::SocketBind(error));
-        }
-        _ => {}
+/// MSI-X vectors.
+const VECTORS: u16 = 8;
+
+/// A server with the device, for one client. It ends with that, for it cannot be stopped.
+#[derive(Debug)]
+pub struct ForeignDevice {
+    socket: PathBuf,
+    // Removed with the socket in it on drop.
+    _folder: TempDir,
+}
+
+impl ForeignDevice {
+    /// Starts it.
+    ///
+    /// # Errors
+    /// When there is no place for the socket, or the server does not start.
+    pub fn start() -> anyhow::Result<Self> {
+        let folder = tempfile::tempdir()?;
+        let socket = folder.path().join("device.sock");
+        let mut device = Device::new()?;
+        let server = Server::new(&socket, true, interrupts::info(), device.regions())?;
+        thread::spawn(move || server.run(&mut device));
+        Ok(Self {
+            socket,
+            _folder: folder,
+        })
     }
-    let server = Server::new(path, true, interrupts::info(), device.regions())?;
-    ready();
-    loop {
-        match server.run(&mut device) {
-            Err(error @ vfio_user::Error::SocketAccept(_)) => return Err(error),
-            Err(error) => log::warn!("lost the client: {error}"),
-            Ok(()) => log::info!("the client has gone"),
-        }
-        device.disconnected();
+
+    /// The socket that it listens on.
+    pub fn socket(&self) -> &Path {
+        &self.socket
     }
 }
 
 #[derive(Debug)]
-struct TestDevice {
+struct Device {
     config: ConfigSpace,
     interrupts: Interrupts,
     dma: Dma,
@@ -63,7 +75,6 @@ struct TestDevice {
     ram: File,
     ports: [u8; 32],
     ram_traps: u32,
-    resets: u32,
 }
 
 /// The registers that merely keep what is written to them.
@@ -78,10 +89,10 @@ struct Registers {
     ram_offset: u32,
 }
 
-impl TestDevice {
+impl Device {
     fn new() -> io::Result<Self> {
         let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
-        let ram = File::from(memfd_create("test-device", flags)?);
+        let ram = File::from(memfd_create("foreign", flags)?);
         ram.set_len(BAR_SIZES[2])?;
         fcntl_add_seals(&ram, SealFlags::GROW | SealFlags::SHRINK | SealFlags::SEAL)?;
         Ok(Self {
@@ -92,7 +103,6 @@ impl TestDevice {
             ram,
             ports: [0; 32],
             ram_traps: 0,
-            resets: 0,
         })
     }
 
@@ -125,17 +135,10 @@ impl TestDevice {
         regions
     }
 
-    /// A client's memory and eventfds go with it; everything else stays.
-    fn disconnected(&mut self) {
-        self.dma = Dma::default();
-        self.interrupts = Interrupts::default();
-    }
-
     fn register(&self, offset: u64) -> u32 {
         let registers = &self.registers;
         match offset {
             MAGIC => MAGIC_VALUE,
-            RESETS => self.resets,
             SCRATCH => registers.scratch[0],
             0x0c => registers.scratch[1],
             INTX => self.interrupts.level().into(),
@@ -157,11 +160,12 @@ impl TestDevice {
                 }
             }
             RAM_TRAPS => self.ram_traps,
+            guest::VECTORS => VECTORS.into(),
             _ => 0,
         }
     }
 
-    fn set_register(&mut self, offset: u64, value: u32) {
+    fn set_register(&mut self, offset: u64, value: u32) -> io::Result<()> {
         if offset == DMA_COMMAND {
             self.registers.dma_status = self.transfer(value).is_none().into();
         }
@@ -169,10 +173,10 @@ impl TestDevice {
         match offset {
             SCRATCH => registers.scratch[0] = value,
             0x0c => registers.scratch[1] = value,
-            RAISE => self.interrupts.raise(&self.config, value),
+            RAISE => return self.interrupts.raise(value),
             INTX => {
                 self.config.set_interrupt_status(value & 1 != 0);
-                self.interrupts.set_level(&self.config, value & 1 != 0);
+                return self.interrupts.set_level(&self.config, value & 1 != 0);
             }
             DMA_ADDRESS => registers.dma_address[0] = value,
             0x1c => registers.dma_address[1] = value,
@@ -181,6 +185,7 @@ impl TestDevice {
             RAM_OFFSET => registers.ram_offset = value,
             _ => {}
         }
+        Ok(())
     }
 
     /// Does a DMA transfer; None when it is refused.
@@ -207,7 +212,7 @@ impl TestDevice {
     }
 }
 
-impl ServerBackend for TestDevice {
+impl ServerBackend for Device {
     fn region_read(&mut self, region: u32, offset: u64, data: &mut [u8]) -> io::Result<()> {
         match region {
             0 => {
@@ -238,7 +243,7 @@ impl ServerBackend for TestDevice {
                     let (now, later) = rest.split_at(rest.len().min(4 - lane(at)));
                     let mut value = self.register(at & !3).to_le_bytes();
                     value[lane(at)..][..now.len()].copy_from_slice(now);
-                    self.set_register(at & !3, u32::from_le_bytes(value));
+                    self.set_register(at & !3, u32::from_le_bytes(value))?;
                     at += now.len() as u64;
                     rest = later;
                 }
@@ -257,8 +262,7 @@ impl ServerBackend for TestDevice {
             }
             VFIO_PCI_CONFIG_REGION_INDEX => {
                 self.config.write(offset, data)?;
-                self.interrupts.update_intx(&self.config);
-                Ok(())
+                self.interrupts.update_intx(&self.config)
             }
             _ => Err(ErrorKind::InvalidInput.into()),
         }
@@ -266,29 +270,24 @@ impl ServerBackend for TestDevice {
 
     fn dma_map(
         &mut self,
-        flags: DmaMapFlags,
+        _flags: DmaMapFlags,
         offset: u64,
         address: u64,
         size: u64,
         fd: Option<File>,
     ) -> io::Result<()> {
-        log::debug!("DMA map {address:#x}, {size:#x} bytes, {flags:?}");
         self.dma.map(address, size, fd, offset)
     }
 
     fn dma_unmap(&mut self, _flags: DmaUnmapFlags, address: u64, size: u64) -> io::Result<()> {
-        log::debug!("DMA unmap {address:#x}, {size:#x} bytes");
         self.dma.unmap(address, size)
     }
 
     fn reset(&mut self) -> io::Result<()> {
-        log::debug!("reset");
         self.config = ConfigSpace::new();
         self.registers = Registers::default();
         self.ports = [0; 32];
-        self.resets += 1;
-        self.interrupts.set_level(&self.config, false);
-        Ok(())
+        self.interrupts.set_level(&self.config, false)
     }
 
     fn set_irqs(
@@ -299,10 +298,6 @@ impl ServerBackend for TestDevice {
         count: u32,
         fds: Vec<File>,
     ) -> io::Result<()> {
-        log::debug!(
-            "interrupts {index}: {flags:#x} from {start}, {count} of them, {} fds",
-            fds.len()
-        );
         self.interrupts.set(
             &self.config,
             index,
