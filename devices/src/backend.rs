@@ -7,7 +7,7 @@ use std::os::fd::{BorrowedFd, OwnedFd};
 use std::sync::Arc;
 
 use pci::BarIndex;
-use vfio_user_client::ConnError;
+use vfio_user_client::{ConnError, DeviceState};
 
 /// Why a backend did not do what it was asked.
 #[derive(Debug, thiserror::Error)]
@@ -18,6 +18,14 @@ pub enum BackendError {
     /// It is some other kind of device.
     #[error("it is not a PCI device")]
     NotPci,
+    /// It does not come back from where somebody else's migration left it.
+    #[error("it is in the state {state:?} and does not run: {remedy}")]
+    NotRunning {
+        /// The state that it is in.
+        state: DeviceState,
+        /// What to do about it.
+        remedy: &'static str,
+    },
 }
 
 /// A PCI device somewhere else.
@@ -32,6 +40,10 @@ pub trait Backend: Send + Sync + fmt::Debug {
 
     /// Writes to a region; `data` is within it.
     fn write(&self, region: Region, offset: u64, data: &[u8]) -> Result<(), BackendError>;
+
+    /// Writes to a region, and may return before the device has the write. It has it before whatever comes through
+    /// this trait later; but what comes by another way, a mapped area or a doorbell, may overtake it.
+    fn post(&self, region: Region, offset: u64, data: &[u8]) -> Result<(), BackendError>;
 
     /// Describes one kind of interrupt.
     fn irq(&self, irq: Irq) -> Result<IrqInfo, BackendError>;
@@ -58,6 +70,13 @@ pub trait Backend: Send + Sync + fmt::Debug {
 
     /// Who enables MSI and MSI-X in the device.
     fn message_control(&self) -> MessageControl;
+
+    /// Whether the device is gone for good, so that every call fails.
+    fn is_lost(&self) -> bool;
+
+    /// Has nothing more to do with the device: from now on it [is lost](Self::is_lost), and whoever waits in a call
+    /// returns.
+    fn close(&self);
 }
 
 /// A part of a device's address space, as VFIO numbers them (`VFIO_PCI_*_REGION_INDEX` in linux/vfio.h).

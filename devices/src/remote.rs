@@ -5,7 +5,9 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::path::Path;
 use std::sync::Arc;
 
-use vfio_user_client::{Client, DmaAccess, GuestDma, IoEvent, Loss, Options, State};
+use vfio_user_client::{
+    Client, ConnError, DeviceState, DmaAccess, GuestDma, IoEvent, Loss, Options, State,
+};
 
 use crate::backend::{
     Backend, BackendError, Doorbell, Irq, IrqInfo, MappableArea, MessageControl, Region, RegionInfo,
@@ -27,6 +29,7 @@ impl Remote {
     /// Connects to the server that listens on `socket`. `memory` is what it may reach by messages.
     pub fn connect(socket: &Path, memory: Arc<dyn GuestDma>) -> Result<Self, BackendError> {
         let client = Client::connect(socket, memory, &Options::default())?;
+        start(&client)?;
         let info = client.device_info()?;
         if !info.pci || info.regions < REGIONS || info.irqs < IRQS {
             return Err(BackendError::NotPci);
@@ -44,6 +47,34 @@ impl Remote {
             State::Lost(loss) => Err(loss),
             _ => Ok(()),
         }
+    }
+}
+
+/// Has the device run. It may have been left in the middle of a migration, and then refuses even to be asked what it is.
+fn start(client: &Client) -> Result<(), BackendError> {
+    let state = match client.device_state() {
+        Ok(DeviceState::Running) => return Ok(()),
+        Ok(state) => state,
+        // Not every device can migrate, and one that cannot runs.
+        Err(ConnError::Refused { .. }) => return Ok(()),
+        Err(error) => return Err(error.into()),
+    };
+    log::debug!("the device is in the state {state:?}, and is started");
+    let started = match state {
+        // What it has been given may be half of a state, and an error is left by a reset only.
+        DeviceState::Resuming | DeviceState::Error => client.reset(),
+        _ => Ok(()),
+    };
+    let started = started.and_then(|()| match client.device_state()? {
+        DeviceState::Running => Ok(()),
+        _ => client.set_device_state(DeviceState::Running),
+    });
+    match started {
+        Err(ConnError::Refused { .. }) => Err(BackendError::NotRunning {
+            state,
+            remedy: "restart its server",
+        }),
+        started => Ok(started?),
     }
 }
 
@@ -82,6 +113,10 @@ impl Backend for Remote {
 
     fn write(&self, region: Region, offset: u64, data: &[u8]) -> Result<(), BackendError> {
         Ok(self.client.region_write(region.index(), offset, data)?)
+    }
+
+    fn post(&self, region: Region, offset: u64, data: &[u8]) -> Result<(), BackendError> {
+        Ok(self.client.region_post(region.index(), offset, data)?)
     }
 
     fn irq(&self, irq: Irq) -> Result<IrqInfo, BackendError> {
@@ -138,6 +173,14 @@ impl Backend for Remote {
     /// SPDK's and libvfio-user's devices look at the control registers in their own configuration space.
     fn message_control(&self) -> MessageControl {
         MessageControl::Forwarded
+    }
+
+    fn is_lost(&self) -> bool {
+        matches!(self.client.state(), State::Lost(_))
+    }
+
+    fn close(&self) {
+        self.client.close();
     }
 }
 

@@ -11,6 +11,11 @@ pub(super) struct Faults {
 }
 
 impl Faults {
+    /// The device's name in the log.
+    pub(super) fn id(&self) -> &str {
+        &self.id
+    }
+
     pub(super) fn new(id: &str) -> Self {
         Self {
             id: id.to_owned(),

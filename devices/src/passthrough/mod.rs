@@ -8,8 +8,12 @@ mod faults;
 mod interrupts;
 mod intx;
 mod probe;
+#[cfg(test)]
+mod tests;
 mod turn;
 
+use std::fmt;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -35,6 +39,10 @@ const PATIENCE: Duration = Duration::from_secs(10);
 pub struct Passthrough {
     backend: Arc<dyn Backend>,
     faults: Faults,
+    /// Whether the device is gone for good. The guest finds nothing where it was.
+    lost: AtomicBool,
+    /// To which BARs writes are not waited for.
+    posted: [bool; 6],
     msix: Option<MsixLayout>,
     /// What the registers are after a reset.
     power_on: Config,
@@ -64,8 +72,10 @@ impl Passthrough {
         let vectors = Arc::new(CurrentVectors::default());
         let interrupts = Interrupts::new(source, probe.intx, vectors.clone());
         Self {
+            posted: probe.posted_bars(),
             backend: probe.backend,
             faults: Faults::new(id),
+            lost: AtomicBool::new(false),
             msix: probe.msix,
             power_on: probe.config.clone(),
             config: Mutex::new(probe.config),
@@ -78,6 +88,37 @@ impl Passthrough {
         }
     }
 
+    /// Gives the device up for good, and says so in the log once. From now on the guest reads all-ones, nothing of the
+    /// device's is mapped any more, and no interrupt comes from it.
+    pub fn give_up(&self, reason: &dyn fmt::Display) {
+        if self.lost.swap(true, Ordering::AcqRel) {
+            return;
+        }
+        log::error!(
+            "{}: {reason}; from now on the guest reads all-ones",
+            self.faults.id()
+        );
+        // Whoever has the turn waits for the device no longer than this.
+        self.backend.close();
+        self.in_turn(|wiring| {
+            self.unmap(wiring, &Decoded::default());
+            wiring.mapped = Decoded::default();
+            // It cannot be told.
+            let _ = wiring.interrupts.disable(self.backend.as_ref());
+        });
+    }
+
+    fn is_lost(&self) -> bool {
+        self.lost.load(Ordering::Acquire)
+    }
+
+    /// Notes that something went wrong, except for what a lost device is to blame for: that is said once.
+    fn fault(&self, what: fmt::Arguments<'_>, error: &dyn fmt::Display) {
+        if !self.backend.is_lost() {
+            self.faults.record(what, error);
+        }
+    }
+
     fn config(&self) -> MutexGuard<'_, Config> {
         self.config.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -86,7 +127,7 @@ impl Passthrough {
     fn in_turn<R>(&self, serve: impl FnOnce(&mut Wiring) -> R) -> Option<R> {
         let result = self.wiring.take(PATIENCE, serve);
         if result.is_none() {
-            self.faults.record(
+            self.fault(
                 format_args!("access given up"),
                 &"the device is busy with others",
             );
@@ -106,8 +147,7 @@ impl Passthrough {
             .interrupts
             .update(&self.backend, mode, &effects.messages);
         if let Err(error) = updated {
-            self.faults
-                .record(format_args!("cannot change to {mode}"), &error);
+            self.fault(format_args!("cannot change to {mode}"), &error);
         }
         for forward in &effects.forward {
             self.forward(forward);
@@ -126,8 +166,7 @@ impl Passthrough {
         let (_, map) = wiring.mapped.changes(decoded);
         for (bar, address) in map {
             if let Err(error) = wiring.mapper.map(bar, address) {
-                self.faults
-                    .record(format_args!("{bar} is not mapped"), &error);
+                self.fault(format_args!("{bar} is not mapped"), &error);
             }
         }
         wiring.mapped = *decoded;
@@ -145,7 +184,7 @@ impl Passthrough {
             return;
         }
         if let Err(error) = self.backend.write(Region::Config, (*offset).into(), data) {
-            self.faults.record(
+            self.fault(
                 format_args!("write to configuration space at {offset:#x}"),
                 &error,
             );
@@ -206,10 +245,14 @@ enum Place {
 
 impl Endpoint for Passthrough {
     fn config_read(&self, offset: u16, data: &mut [u8]) {
+        if self.is_lost() {
+            data.fill(0xff);
+            return;
+        }
         data.fill(0);
         let is_devices = self.config().is_devices(offset, data.len());
         if is_devices && let Err(error) = self.backend.read(Region::Config, offset.into(), data) {
-            self.faults.record(
+            self.fault(
                 format_args!("read of configuration space at {offset:#x}"),
                 &error,
             );
@@ -221,13 +264,15 @@ impl Endpoint for Passthrough {
 
     fn config_write(&self, offset: u16, data: &[u8]) {
         self.in_turn(|wiring| {
+            if self.is_lost() {
+                return;
+            }
             let effects = self.config().write(offset, data);
             if effects.reset {
                 let mut config = self.power_on.clone();
                 config.forget_addresses();
                 if let Err(error) = self.reset_to(wiring, config) {
-                    self.faults
-                        .record(format_args!("function-level reset"), &error);
+                    self.fault(format_args!("function-level reset"), &error);
                 }
             } else {
                 self.apply(wiring, &effects);
@@ -236,11 +281,14 @@ impl Endpoint for Passthrough {
     }
 
     fn bar_read(&self, bar: BarIndex, offset: u64, data: &mut [u8]) {
+        if self.is_lost() {
+            data.fill(0xff);
+            return;
+        }
         match self.place(bar, offset, data.len()) {
             Place::Device => {
                 if let Err(error) = self.backend.read(Region::Bar(bar), offset, data) {
-                    self.faults
-                        .record(format_args!("read of {bar} at {offset:#x}"), &error);
+                    self.fault(format_args!("read of {bar} at {offset:#x}"), &error);
                     data.fill(0xff);
                 }
             }
@@ -265,13 +313,20 @@ impl Endpoint for Passthrough {
     fn bar_write(&self, bar: BarIndex, offset: u64, data: &[u8]) {
         match self.place(bar, offset, data.len()) {
             Place::Device => {
-                if let Err(error) = self.backend.write(Region::Bar(bar), offset, data) {
-                    self.faults
-                        .record(format_args!("write to {bar} at {offset:#x}"), &error);
+                let written = if self.posted.get(bar.index()) == Some(&true) {
+                    self.backend.post(Region::Bar(bar), offset, data)
+                } else {
+                    self.backend.write(Region::Bar(bar), offset, data)
+                };
+                if let Err(error) = written {
+                    self.fault(format_args!("write to {bar} at {offset:#x}"), &error);
                 }
             }
             Place::Table(offset) => {
                 self.in_turn(|wiring| {
+                    if self.is_lost() {
+                        return;
+                    }
                     let messages = match &mut self.config().msix {
                         Some((_, msix)) => msix.write_table(offset, data),
                         None => Vec::new(),
@@ -295,6 +350,9 @@ impl Endpoint for Passthrough {
     }
 
     fn reset(&self) -> Result<(), Cause> {
+        if self.is_lost() {
+            return Ok(());
+        }
         let reset = self.in_turn(|wiring| self.reset_to(wiring, self.power_on.clone()));
         reset.unwrap_or_else(|| Err("the device is busy".into()))
     }

@@ -139,6 +139,19 @@ impl Probe {
         self.config.set_bars(bars);
     }
 
+    /// To which BARs writes may be posted: those in memory space of a device that is reached through the backend alone.
+    /// A mapped area or a doorbell of any BAR would let the guest overtake them.
+    pub(super) fn posted_bars(&self) -> [bool; 6] {
+        let layouts = self.layouts.each_ref().map(Option::as_ref);
+        let can_be_overtaken = layouts
+            .iter()
+            .flatten()
+            .any(|layout| !layout.areas.is_empty() || !layout.doorbells.is_empty());
+        layouts.map(|layout| {
+            !can_be_overtaken && layout.is_some_and(|layout| layout.spec.kind != BarKind::Io)
+        })
+    }
+
     /// What is behind its BARs.
     pub fn layouts(&self) -> [Option<BarLayout>; 6] {
         self.layouts.clone()
