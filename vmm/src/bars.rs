@@ -12,7 +12,7 @@ use vm_memory::{FileOffset, MmapRegion};
 
 use crate::bus::Bus;
 use crate::kvm_ext::{IoEvent, ioeventfd};
-use crate::slots::{Slot, Slots};
+use crate::slots::{HostMemory, Slot, Slots};
 
 /// Why a BAR cannot be where the guest put it, or not at all.
 #[derive(Debug, thiserror::Error)]
@@ -54,7 +54,7 @@ pub(crate) struct Space {
 pub(crate) struct Bars {
     space: Arc<Space>,
     /// The endpoint owns this.
-    endpoint: Weak<dyn Endpoint>,
+    endpoint: Weak<Passthrough>,
     bars: [Option<Bar>; 6],
     mapped: Mutex<[Option<Mapped>; 6]>,
 }
@@ -67,12 +67,12 @@ struct Bar {
     doorbells: Vec<Doorbell>,
 }
 
-/// Memory behind a part of a BAR.
+/// A part of a BAR with memory behind it.
 #[derive(Debug)]
 struct Area {
     offset: u64,
     readonly: bool,
-    memory: Arc<MmapRegion>,
+    mapping: Arc<MmapRegion>,
 }
 
 /// A BAR that is mapped. All of it goes when the value is dropped.
@@ -103,17 +103,16 @@ impl Bars {
                 doorbells: layout.doorbells,
             });
         }
-        let endpoint = Weak::<Passthrough>::new();
         Ok(Self {
             space,
-            endpoint,
+            endpoint: Weak::new(),
             bars,
             mapped: Mutex::default(),
         })
     }
 
     /// Has `endpoint`, which may still be under construction, serve what is not mapped.
-    pub(crate) fn serve_by(self, endpoint: Weak<dyn Endpoint>) -> Self {
+    pub(crate) fn serve_by(self, endpoint: Weak<Passthrough>) -> Self {
         Self { endpoint, ..self }
     }
 
@@ -161,20 +160,21 @@ impl Bar {
         } else {
             &space.memory
         };
+        let endpoint = target.endpoint.clone();
         bus.insert(address..=address + (size - 1), Arc::new(target))?;
         let range = BusRange {
             bus: bus.clone(),
             start: address,
         };
-        let slots = self
-            .areas
-            .iter()
-            .map(|area| {
-                space
-                    .slots
-                    .add(address + area.offset, area.memory.clone(), area.readonly)
-            })
-            .collect::<Result<_, _>>()?;
+        let add_slot = |area: &Area| {
+            let memory = DeviceMemory {
+                mapping: area.mapping.clone(),
+                endpoint: endpoint.clone(),
+            };
+            let address = address + area.offset;
+            space.slots.add(address, Arc::new(memory), area.readonly)
+        };
+        let slots = self.areas.iter().map(add_slot).collect::<Result<_, _>>()?;
         let doorbells = self
             .doorbells
             .iter()
@@ -211,7 +211,7 @@ impl Area {
             offset,
             source: vm_memory::mmap::MmapRegionError::InvalidOffsetLength,
         };
-        let memory = MmapRegionBuilder::new(usize::try_from(area.size).map_err(|_| too_long)?)
+        let mapping = MmapRegionBuilder::new(usize::try_from(area.size).map_err(|_| too_long)?)
             .with_file_offset(FileOffset::new(file, area.file_offset))
             .with_mmap_prot(prot)
             .with_mmap_flags(libc::MAP_SHARED)
@@ -224,15 +224,47 @@ impl Area {
         Ok(Self {
             offset,
             readonly,
-            memory: Arc::new(memory),
+            mapping: Arc::new(mapping),
         })
+    }
+}
+
+/// Memory of a device, which the guest reaches without an exit.
+struct DeviceMemory {
+    mapping: Arc<MmapRegion>,
+    endpoint: Weak<Passthrough>,
+}
+
+impl HostMemory for DeviceMemory {
+    fn address(&self) -> *mut u8 {
+        self.mapping.as_ptr()
+    }
+
+    fn size(&self) -> u64 {
+        self.mapping.size() as u64
+    }
+
+    fn is_truncated(&self) -> bool {
+        let Some(file) = self.mapping.file_offset() else {
+            return false;
+        };
+        // Only a regular file has a length.
+        let metadata = file.file().metadata();
+        metadata
+            .is_ok_and(|metadata| metadata.is_file() && metadata.len() < file.start() + self.size())
+    }
+
+    fn lose(&self) {
+        if let Some(endpoint) = self.endpoint.upgrade() {
+            endpoint.give_up(&"the file behind its memory was truncated");
+        }
     }
 }
 
 /// What the bus calls for a BAR.
 #[derive(Debug)]
 struct Target {
-    endpoint: Weak<dyn Endpoint>,
+    endpoint: Weak<Passthrough>,
     bar: BarIndex,
 }
 

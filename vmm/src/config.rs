@@ -3,6 +3,7 @@
 use std::collections::BTreeSet;
 use std::path::PathBuf;
 
+use crate::layout::PAGE_SIZE;
 use crate::options::{OptionError, Options};
 
 /// The least RAM that a VM has: the first MiB and room for a kernel.
@@ -12,7 +13,6 @@ const MAX_MEMORY: u64 = 1 << 50;
 /// What a VM has that is not told.
 const DEFAULT_MEMORY: u64 = 512 << 20;
 /// RAM is made of pages of 4 KiB, or of huge ones.
-const PAGE: u64 = 4 << 10;
 const HUGE_PAGE: u64 = 2 << 20;
 /// The most vCPUs: APIC ids up to 254 need no extensions of interrupt messages.
 const MAX_VCPUS: u32 = 254;
@@ -169,7 +169,7 @@ impl MemoryConfig {
         if !(MIN_MEMORY..=MAX_MEMORY).contains(&self.size) {
             return Err(ConfigError::MemorySize(self.size));
         }
-        let page = if self.hugepages { HUGE_PAGE } else { PAGE };
+        let page = if self.hugepages { HUGE_PAGE } else { PAGE_SIZE };
         if !self.size.is_multiple_of(page) {
             return Err(ConfigError::MemoryPages {
                 size: self.size,

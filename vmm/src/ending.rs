@@ -76,13 +76,18 @@ impl Endings {
         let mut first = self.first.lock().unwrap_or_else(PoisonError::into_inner);
         if first.is_none() {
             *first = Some(ending);
-            if let Err(error) = self.event.write(1) {
-                log::error!("cannot signal the end of the run: {error}");
-            }
+            self.wake();
         }
     }
 
-    /// Is signalled when there is something to [`Endings::take`].
+    /// Wakes whoever waits, although the run goes on.
+    pub(crate) fn wake(&self) {
+        if let Err(error) = self.event.write(1) {
+            log::error!("cannot wake the main thread: {error}");
+        }
+    }
+
+    /// Is signalled when there may be something to [`Endings::take`].
     pub(crate) fn event(&self) -> &EventFd {
         &self.event
     }

@@ -5,7 +5,7 @@ use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 
-use devices::Remote;
+use devices::{Passthrough, Remote};
 use event_manager::{EventManager, EventOps, Events, MutEventSubscriber, SubscriberOps};
 use libc::{SIGHUP, SIGINT, SIGPWR, SIGTERM};
 use std::os::fd::AsRawFd;
@@ -47,7 +47,20 @@ impl EventLoop {
     /// Waits, and serves what comes, until the run ends.
     pub(crate) fn run(&mut self) -> Result<Ending, LoopError> {
         loop {
-            if let Some(ending) = self.endings.take() {
+            if let Some(ending) = self.run_until(|| false)? {
+                return Ok(ending);
+            }
+        }
+    }
+
+    /// Waits, and serves what comes, until the run ends, or until `done`, of which [`Endings::wake`] has to tell.
+    pub(crate) fn run_until(
+        &mut self,
+        done: impl Fn() -> bool,
+    ) -> Result<Option<Ending>, LoopError> {
+        loop {
+            let ending = self.endings.take();
+            if ending.is_some() || done() {
                 return Ok(ending);
             }
             self.manager.run().map_err(LoopError::Wait)?;
@@ -122,8 +135,8 @@ impl MutEventSubscriber for Signals {
 
 /// A device server: what it sends while nobody waits for it, and its end.
 pub(crate) struct Server {
-    pub(crate) id: String,
     pub(crate) remote: Arc<Remote>,
+    pub(crate) endpoint: Arc<Passthrough>,
 }
 
 impl MutEventSubscriber for Server {
@@ -132,10 +145,10 @@ impl MutEventSubscriber for Server {
     }
 
     fn process(&mut self, events: Events, ops: &mut EventOps<'_>) {
-        if let Err(error) = self.remote.serve() {
-            log::error!("{}: {error}; from now on the guest reads all-ones", self.id);
+        if let Err(loss) = self.remote.serve() {
+            self.endpoint.give_up(&loss);
             if let Err(error) = ops.remove(events) {
-                log::debug!("{}: {error}", self.id);
+                log::debug!("cannot stop watching a device server: {error}");
             }
         }
     }

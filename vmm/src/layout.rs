@@ -15,6 +15,9 @@ use std::ops::RangeInclusive;
 
 use pci::{Window, Windows};
 
+/// Bytes in a page.
+pub(crate) const PAGE_SIZE: u64 = 4096;
+
 /// End of the RAM below 4 GiB, and start of the hole that PCI needs there.
 pub(crate) const LOW_RAM_END: u64 = 0xc000_0000;
 /// Start of the RAM above 4 GiB.

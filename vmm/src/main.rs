@@ -41,7 +41,9 @@ fn run(cli: &Cli) -> anyhow::Result<Ending> {
             return Ok(ending);
         }
         log::info!("{ending}");
-        vm.reset().context("cannot reset the guest")?;
+        if let Some(ending) = vm.reset().context("cannot reset the guest")? {
+            return Ok(ending);
+        }
     }
 }
 

@@ -11,15 +11,16 @@ use std::sync::Arc;
 use devices::{DmaTarget, Mapping};
 use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, ftruncate, memfd_create};
 use vfio_user_client::{DmaError, GuestDma};
+use vm_memory::bitmap::{AtomicBitmap, NewBitmap};
 use vm_memory::mmap::MmapRegionBuilder;
 use vm_memory::{
     Bytes, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion,
-    GuestRegionMmap, MmapRegion,
+    GuestRegionMmap,
 };
 
 use crate::config::MemoryConfig;
 use crate::layout;
-use crate::slots::{Slot, SlotError, Slots};
+use crate::slots::{HostMemory, Slot, SlotError, Slots};
 
 /// Why guest RAM could not be made.
 #[derive(Debug, thiserror::Error)]
@@ -62,11 +63,17 @@ fn hugepage_hint(hugepages: bool) -> &'static str {
     }
 }
 
+/// Guest RAM as this process sees it. What the process itself writes is marked in its bitmap, a bit for each page, since
+/// neither KVM nor a device logs that.
+pub(crate) type Ram = GuestMemoryMmap<AtomicBitmap>;
+
+type RamRegion = GuestRegionMmap<AtomicBitmap>;
+
 /// Guest RAM.
 #[derive(Debug)]
 pub(crate) struct Memory {
     _slots: Vec<Slot>,
-    ram: GuestMemoryMmap,
+    ram: Ram,
 }
 
 impl Memory {
@@ -80,12 +87,12 @@ impl Memory {
             .map(|region| slots.add(region.start_addr().0, region.clone(), false))
             .collect::<Result<_, _>>()
             .map_err(MemoryError::Slot)?;
-        let ram = GuestMemoryMmap::from_arc_regions(regions).map_err(|_| MemoryError::Layout)?;
+        let ram = Ram::from_arc_regions(regions).map_err(|_| MemoryError::Layout)?;
         Ok(Self { _slots: slots, ram })
     }
 
     /// The RAM itself.
-    pub(crate) fn ram(&self) -> &GuestMemoryMmap {
+    pub(crate) fn ram(&self) -> &Ram {
         &self.ram
     }
 
@@ -110,9 +117,26 @@ impl Memory {
     }
 }
 
+impl HostMemory for RamRegion {
+    fn address(&self) -> *mut u8 {
+        self.as_ptr()
+    }
+
+    fn size(&self) -> u64 {
+        self.len()
+    }
+
+    /// Never: its file is sealed against that.
+    fn is_truncated(&self) -> bool {
+        false
+    }
+
+    fn lose(&self) {}
+}
+
 /// Guest RAM as a device reaches it that does not map it.
 #[derive(Debug)]
-struct MessageDma(GuestMemoryMmap);
+struct MessageDma(Ram);
 
 impl GuestDma for MessageDma {
     fn read(&self, address: u64, data: &mut [u8]) -> Result<(), DmaError> {
@@ -150,7 +174,7 @@ pub(crate) fn end(size: u64) -> u64 {
         .unwrap_or(0)
 }
 
-fn region(start: u64, size: u64, config: &MemoryConfig) -> Result<GuestRegionMmap, MemoryError> {
+fn region(start: u64, size: u64, config: &MemoryConfig) -> Result<RamRegion, MemoryError> {
     let hugepages = config.hugepages;
     let file = sealed_memfd(size, hugepages).map_err(|source| MemoryError::File {
         size,
@@ -165,7 +189,7 @@ fn region(start: u64, size: u64, config: &MemoryConfig) -> Result<GuestRegionMma
         flags |= libc::MAP_NORESERVE;
     }
     let length = usize::try_from(size).map_err(|_| MemoryError::Layout)?;
-    let mapping: MmapRegion = MmapRegionBuilder::new(length)
+    let mapping = MmapRegionBuilder::new_with_bitmap(length, AtomicBitmap::with_len(length))
         .with_file_offset(FileOffset::new(file, 0))
         .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
         .with_mmap_flags(flags)
@@ -175,7 +199,7 @@ fn region(start: u64, size: u64, config: &MemoryConfig) -> Result<GuestRegionMma
             hugepages,
             source,
         })?;
-    GuestRegionMmap::new(mapping, GuestAddress(start)).ok_or(MemoryError::Layout)
+    RamRegion::new(mapping, GuestAddress(start)).ok_or(MemoryError::Layout)
 }
 
 /// A memfd that whoever receives it can neither grow, nor shrink, nor seal further: a device could otherwise take it
@@ -194,6 +218,7 @@ fn sealed_memfd(size: u64, hugepages: bool) -> io::Result<File> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use vm_memory::bitmap::Bitmap;
 
     #[test]
     fn ram_leaves_the_hole_free() {
@@ -203,6 +228,22 @@ mod tests {
         assert_eq!(split(4 << 30), [(0, 3 << 30), (4 << 30, 1 << 30)]);
         assert_eq!(end(4 << 30), 5 << 30);
         assert_eq!(end(512 << 20), 512 << 20);
+    }
+
+    #[test]
+    fn what_comes_by_messages_is_marked() {
+        let ram = Ram::from_ranges(&[(GuestAddress(0x10000), 0x4000)]).unwrap();
+        let dma = MessageDma(ram.clone());
+        dma.write(0x11ffe, &[1, 2, 3]).unwrap();
+        assert!(dma.write(0x13fff, &[1, 2]).is_err());
+        assert!(dma.write(u64::MAX, &[1, 2]).is_err());
+        let bitmap = ram.iter().next().unwrap().bitmap();
+        let marked = [0, 0x1000, 0x2000, 0x3000].map(|offset| bitmap.dirty_at(offset));
+        assert_eq!(marked, [false, true, true, false]);
+        let mut data = [0; 4];
+        dma.read(0x11ffe, &mut data).unwrap();
+        assert_eq!(data, [1, 2, 3, 0]);
+        assert!(dma.read(0x13ffe, &mut data).is_err());
     }
 
     #[test]

@@ -2,17 +2,19 @@
 
 use std::path::PathBuf;
 use std::sync::{Arc, Weak};
+use std::{io, thread};
 
 use devices::{BusDevice, Passthrough, Probe, Remote};
 use pci::{BarAllocator, Bdf, Cause, ConfigPorts, Ecam, Endpoint, HostBridge, Segment};
 
 use crate::bars::{Bars, Space};
 use crate::config::UserDeviceConfig;
+use crate::event_loop::Server;
 use crate::interrupts::Interrupts;
 use crate::layout;
 use crate::memory::Memory;
 
-/// Why a device is not on the bus, or does not come back from a reset.
+/// Why a device is not on the bus.
 #[derive(Debug, thiserror::Error)]
 pub enum DeviceError {
     /// The bus itself cannot be set up.
@@ -29,15 +31,6 @@ pub enum DeviceError {
         #[source]
         source: Cause,
     },
-    /// A device cannot be reset.
-    #[error("cannot reset the PCI function {bdf}")]
-    Reset {
-        /// Its address.
-        bdf: Bdf,
-        /// What went wrong.
-        #[source]
-        source: Cause,
-    },
 }
 
 /// The PCI bus and what is on it.
@@ -47,6 +40,7 @@ pub(crate) struct PciHost {
     space: Arc<Space>,
     interrupts: Interrupts,
     allocator: BarAllocator,
+    devices: Vec<Arc<Passthrough>>,
 }
 
 impl PciHost {
@@ -70,15 +64,17 @@ impl PciHost {
             space: Arc::new(space),
             interrupts,
             allocator,
+            devices: Vec::new(),
         })
     }
 
-    /// Connects to a vfio-user server, and puts its device in the next free place.
+    /// Connects to a vfio-user server, and puts its device in the next free place. The event loop has to watch the
+    /// server.
     pub(crate) fn attach(
         &mut self,
         config: &UserDeviceConfig,
         memory: &Memory,
-    ) -> Result<Arc<Remote>, DeviceError> {
+    ) -> Result<Server, DeviceError> {
         self.try_attach(config, memory)
             .map_err(|source| DeviceError::Attach {
                 id: config.id.clone(),
@@ -87,11 +83,7 @@ impl PciHost {
             })
     }
 
-    fn try_attach(
-        &mut self,
-        config: &UserDeviceConfig,
-        memory: &Memory,
-    ) -> Result<Arc<Remote>, Cause> {
+    fn try_attach(&mut self, config: &UserDeviceConfig, memory: &Memory) -> Result<Server, Cause> {
         let device = self.segment.free_device(0).ok_or("the bus is full")?;
         let bdf = Bdf::new(0, device, 0).ok_or("the bus is full")?;
         let remote = Arc::new(Remote::connect(&config.socket, memory.for_messages())?);
@@ -109,23 +101,39 @@ impl PciHost {
         });
         // The device may have served another VM before; and this connects its interrupt pin.
         endpoint.reset()?;
-        self.segment.insert(bdf, endpoint)?;
+        self.segment.insert(bdf, endpoint.clone())?;
+        self.devices.push(endpoint.clone());
         log::info!(
             "{} is {bdf}, served on {}",
             config.id,
             config.socket.display()
         );
-        Ok(remote)
+        Ok(Server { remote, endpoint })
     }
 
-    /// Resets every function. No vCPU runs.
-    pub(crate) fn reset(&self) -> Result<(), DeviceError> {
-        for (bdf, endpoint) in self.segment.endpoints() {
-            endpoint
-                .reset()
-                .map_err(|source| DeviceError::Reset { bdf, source })?;
-        }
-        Ok(())
+    /// Resets every device, all at once since each may take its time, and then calls `then`. No vCPU runs. A device
+    /// that does not reset is given up: it might go on using what the next guest has other plans for.
+    pub(crate) fn reset(&self, then: impl FnOnce() + Send + 'static) -> io::Result<()> {
+        let devices = self.devices.clone();
+        let reset_all = move || {
+            thread::scope(|scope| {
+                for device in &devices {
+                    let spawned = thread::Builder::new().spawn_scoped(scope, || reset(device));
+                    if spawned.is_err() {
+                        reset(device);
+                    }
+                }
+            });
+            then();
+        };
+        let thread = thread::Builder::new().name("reset".into());
+        thread.spawn(reset_all).map(drop)
+    }
+}
+
+fn reset(device: &Passthrough) {
+    if let Err(error) = device.reset() {
+        device.give_up(&format_args!("it does not reset: {error}"));
     }
 }
 

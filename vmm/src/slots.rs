@@ -11,7 +11,6 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use kvm_bindings::{KVM_MEM_READONLY, kvm_userspace_memory_region};
 use kvm_ioctls::VmFd;
 use vm_allocator::IdAllocator;
-use vm_memory::{GuestRegionMmap, MmapRegion};
 
 /// Why a memory slot could not be set.
 #[derive(Debug, thiserror::Error)]
@@ -34,19 +33,17 @@ pub enum SlotError {
 
 /// Memory of this process that stays where it is while the value lives.
 pub(crate) trait HostMemory: Send + Sync {
-    fn mapping(&self) -> &MmapRegion;
-}
+    /// Where it is in this process.
+    fn address(&self) -> *mut u8;
 
-impl HostMemory for MmapRegion {
-    fn mapping(&self) -> &MmapRegion {
-        self
-    }
-}
+    /// Its length in bytes.
+    fn size(&self) -> u64;
 
-impl HostMemory for GuestRegionMmap {
-    fn mapping(&self) -> &MmapRegion {
-        self
-    }
+    /// Whether somebody has made its file shorter, so that touching it is an error.
+    fn is_truncated(&self) -> bool;
+
+    /// The guest has lost the memory for that reason.
+    fn lose(&self);
 }
 
 /// All memory slots of a VM.
@@ -93,7 +90,7 @@ impl Slots {
         memory: Arc<dyn HostMemory>,
         readonly: bool,
     ) -> Result<Slot, SlotError> {
-        let size = memory.mapping().size() as u64;
+        let size = memory.size();
         let flags = if readonly { KVM_MEM_READONLY } else { 0 };
         let mut state = self.shared.state();
         let id = state.ids.allocate_id().map_err(|_| SlotError::Exhausted)?;
@@ -120,18 +117,15 @@ impl Slots {
         let mut state = self.shared.state();
         let truncated: Vec<_> = state
             .used
-            .iter()
-            .filter(|(_, mapping)| mapping.is_truncated())
-            .map(|(&id, _)| id)
+            .extract_if(.., |_, mapping| mapping.memory.is_truncated())
             .collect();
-        for id in &truncated {
-            if let Some(mapping) = state.used.remove(id) {
-                log::error!(
-                    "the file behind the guest's memory at {:#x} was truncated; the guest has lost it",
-                    mapping.address
-                );
-                mapping.unset(&self.shared.vm, *id);
-            }
+        for (id, mapping) in &truncated {
+            mapping.unset(&self.shared.vm, *id);
+        }
+        // Whose memory it was takes its other slots away.
+        drop(state);
+        for (_, mapping) in &truncated {
+            mapping.memory.lose();
         }
         truncated.len()
     }
@@ -150,7 +144,7 @@ impl Mapping {
             flags,
             guest_phys_addr: self.address,
             memory_size: size,
-            userspace_addr: self.memory.mapping().as_ptr() as u64,
+            userspace_addr: self.memory.address() as u64,
         };
         // SAFETY: `size` is 0, which removes the slot, or the length of a mapping that `self.memory` keeps alive; and
         // `self` is dropped after `unset` only.
@@ -160,16 +154,6 @@ impl Mapping {
     fn unset(&self, vm: &VmFd, id: u32) {
         // Removing a slot that KVM never took fails, which is as well.
         let _ = self.set(vm, id, 0, 0);
-    }
-
-    fn is_truncated(&self) -> bool {
-        let Some(file) = self.memory.mapping().file_offset() else {
-            return false;
-        };
-        let end = file.start() + self.memory.mapping().size() as u64;
-        // A device's memory has no length.
-        let metadata = file.file().metadata();
-        metadata.is_ok_and(|metadata| metadata.is_file() && metadata.len() < end)
     }
 }
 

@@ -1,6 +1,7 @@
 //! A virtual machine: all parts, put together, run and reset.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use crate::acpi::{self, AcpiError};
 use crate::bars::Space;
@@ -10,7 +11,7 @@ use crate::config::{ConfigError, VmConfig};
 use crate::console::{Console, ConsoleError};
 use crate::cpuid::CommonCpuid;
 use crate::ending::{Ending, Endings};
-use crate::event_loop::{EventLoop, LoopError, Server, Signals};
+use crate::event_loop::{EventLoop, LoopError, Signals};
 use crate::interrupts::{InterruptError, Interrupts};
 use crate::kvm::{self, KvmError};
 use crate::layout;
@@ -56,7 +57,7 @@ pub enum VmError {
     /// A vCPU cannot be made.
     #[error(transparent)]
     Vcpu(#[from] VcpuError),
-    /// A device cannot be attached or reset.
+    /// A device cannot be attached.
     #[error(transparent)]
     Device(#[from] DeviceError),
     /// The serial port cannot be connected.
@@ -74,6 +75,9 @@ pub enum VmError {
     /// An event could not be made.
     #[error("cannot make an event (too many open files? see `ulimit -n`)")]
     Event(#[source] std::io::Error),
+    /// There is no thread to reset the devices in.
+    #[error("cannot start a thread that resets the devices")]
+    ResetThread(#[source] std::io::Error),
     /// Kicks of vCPUs cannot be caught.
     #[error("cannot catch the signal that kicks vCPUs")]
     Kicks(#[source] vmm_sys_util::errno::Error),
@@ -86,6 +90,7 @@ pub struct Vm {
     /// The vCPUs, while they do not run.
     stopped: Vec<Vcpu>,
     event_loop: EventLoop,
+    endings: Arc<Endings>,
     pci: PciHost,
     platform: Platform,
     payload: Payload,
@@ -123,11 +128,7 @@ impl Vm {
         let mut pci = PciHost::new(space, interrupts.clone())?;
         let mut servers = Vec::with_capacity(config.user_devices.len());
         for device in &config.user_devices {
-            let remote = pci.attach(device, &memory)?;
-            servers.push(Server {
-                id: device.id.clone(),
-                remote,
-            });
+            servers.push(pci.attach(device, &memory)?);
         }
 
         let endings = Arc::new(Endings::new().map_err(VmError::Event)?);
@@ -171,6 +172,7 @@ impl Vm {
             vcpus,
             stopped,
             event_loop,
+            endings,
             pci,
             platform,
             payload,
@@ -195,14 +197,31 @@ impl Vm {
     }
 
     /// Puts the machine back into its state at power-on, with the kernel loaded again; then it can be run again. The
-    /// devices stay connected, and guest RAM stays where it is.
-    pub fn reset(&mut self) -> Result<(), VmError> {
-        self.pci.reset()?;
+    /// devices stay connected, and guest RAM stays where it is. If the user ends the VM meanwhile, returns that.
+    pub fn reset(&mut self) -> Result<Option<Ending>, VmError> {
+        if let Some(ending) = self.reset_devices()? {
+            return Ok(Some(ending));
+        }
         self.platform.reset().map_err(VmError::Platform)?;
         for vcpu in &mut self.stopped {
             vcpu.reset()?;
         }
-        self.load()
+        self.load()?;
+        Ok(None)
+    }
+
+    /// Resets the devices, and serves what comes while they take their time.
+    fn reset_devices(&mut self) -> Result<Option<Ending>, VmError> {
+        let done = Arc::new(AtomicBool::new(false));
+        let report = {
+            let (done, endings) = (done.clone(), self.endings.clone());
+            move || {
+                done.store(true, Ordering::Release);
+                endings.wake();
+            }
+        };
+        self.pci.reset(report).map_err(VmError::ResetThread)?;
+        Ok(self.event_loop.run_until(|| done.load(Ordering::Acquire))?)
     }
 
     fn load(&mut self) -> Result<(), VmError> {

@@ -12,10 +12,11 @@ use acpi_tables::rsdp::Rsdp;
 use acpi_tables::xsdt::XSDT;
 use devices::power;
 use pci::Windows;
-use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+use vm_memory::{Bytes, GuestAddress};
 
 use self::x2apic::LocalX2Apic;
 use crate::layout;
+use crate::memory::Ram;
 
 const OEM_ID: [u8; 6] = *b"OUTRIG";
 const OEM_TABLE_ID: [u8; 8] = *b"OUTRIGGR";
@@ -40,7 +41,7 @@ pub(crate) struct Machine {
 }
 
 /// Writes the tables into RAM, and says where the root pointer is.
-pub(crate) fn write_tables(ram: &GuestMemoryMmap, machine: &Machine) -> Result<u64, AcpiError> {
+pub(crate) fn write_tables(ram: &Ram, machine: &Machine) -> Result<u64, AcpiError> {
     let mut tables = Tables {
         ram,
         next: *layout::ACPI_TABLES.start(),
@@ -62,7 +63,7 @@ pub(crate) fn write_tables(ram: &GuestMemoryMmap, machine: &Machine) -> Result<u
 
 /// Lays one table after the other.
 struct Tables<'a> {
-    ram: &'a GuestMemoryMmap,
+    ram: &'a Ram,
     next: u64,
 }
 
@@ -150,8 +151,8 @@ fn mcfg() -> impl Aml {
 mod tests {
     use super::*;
 
-    fn written(vcpus: u32) -> Result<(GuestMemoryMmap, u64), AcpiError> {
-        let ram = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 2 << 20)]).unwrap();
+    fn written(vcpus: u32) -> Result<(Ram, u64), AcpiError> {
+        let ram = Ram::from_ranges(&[(GuestAddress(0), 2 << 20)]).unwrap();
         let windows = layout::pci_windows(1 << 30);
         let rsdp = write_tables(
             &ram,
@@ -164,7 +165,7 @@ mod tests {
         Ok((ram, rsdp))
     }
 
-    fn bytes(ram: &GuestMemoryMmap, address: u64, length: usize) -> Vec<u8> {
+    fn bytes(ram: &Ram, address: u64, length: usize) -> Vec<u8> {
         let mut bytes = vec![0; length];
         ram.read_slice(&mut bytes, GuestAddress(address)).unwrap();
         bytes
@@ -175,7 +176,7 @@ mod tests {
     }
 
     /// A table with the checksum checked.
-    fn table(ram: &GuestMemoryMmap, address: u64) -> Vec<u8> {
+    fn table(ram: &Ram, address: u64) -> Vec<u8> {
         let length = ram.read_obj::<u32>(GuestAddress(address + 4)).unwrap();
         let table = bytes(ram, address, length as usize);
         assert_eq!(sum(&table), 0, "{:?}", String::from_utf8_lossy(&table[..4]));

@@ -2,10 +2,11 @@
 
 use kvm_bindings::{Msrs, kvm_fpu, kvm_msr_entry, kvm_regs, kvm_segment};
 use kvm_ioctls::VcpuFd;
-use vm_memory::{GuestAddress, GuestMemoryMmap};
+use vm_memory::GuestAddress;
 
 use super::{BootError, write_slice};
 use crate::layout;
+use crate::memory::Ram;
 
 /// Bits of the control registers (Intel SDM, volume 3, 2.5) and of EFER (2.2.1).
 const CR0_PE: u64 = 1 << 0;
@@ -200,7 +201,7 @@ const GDT_LIMIT: u16 = 47;
 const _: () = assert!(GDT_LIMIT as usize == GDT_ENTRIES * size_of::<u64>() - 1);
 
 /// Writes the descriptor table, whose code segment is that of a `long` or a 32-bit entry.
-pub(super) fn write_gdt(ram: &GuestMemoryMmap, long: bool) -> Result<(), BootError> {
+pub(super) fn write_gdt(ram: &Ram, long: bool) -> Result<(), BootError> {
     let mut table = [0; GDT_ENTRIES];
     for segment in [Segment::Code { long }, Segment::Data, Segment::Task] {
         if let Some(entry) = table.get_mut(usize::from(segment.selector() / 8)) {
@@ -211,7 +212,7 @@ pub(super) fn write_gdt(ram: &GuestMemoryMmap, long: bool) -> Result<(), BootErr
 }
 
 /// Writes page tables that map the first GiB one to one, in pages of 2 MiB.
-pub(super) fn write_page_tables(ram: &GuestMemoryMmap) -> Result<(), BootError> {
+pub(super) fn write_page_tables(ram: &Ram) -> Result<(), BootError> {
     const TABLE: u64 = 0x1000;
     const ENTRIES: usize = 512;
     const LARGE_PAGE: u64 = 2 << 20;
@@ -238,7 +239,7 @@ pub(super) fn write_page_tables(ram: &GuestMemoryMmap) -> Result<(), BootError> 
     write_words(ram, directory, &pages)
 }
 
-fn write_words(ram: &GuestMemoryMmap, address: u64, words: &[u64]) -> Result<(), BootError> {
+fn write_words(ram: &Ram, address: u64, words: &[u64]) -> Result<(), BootError> {
     let bytes: Vec<_> = words.iter().flat_map(|word| word.to_le_bytes()).collect();
     write_slice(ram, &bytes, GuestAddress(address))
 }

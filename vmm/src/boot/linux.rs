@@ -1,11 +1,12 @@
 //! The 64-bit boot protocol of Linux (Documentation/arch/x86/boot.rst and zero-page.rst).
 
 use linux_loader::loader::bootparam::{boot_e820_entry, boot_params, setup_header};
-use vm_memory::{ByteValued, GuestAddress, GuestMemoryMmap};
+use vm_memory::{ByteValued, GuestAddress};
 
 use super::memory_map::memory_map;
 use super::{BootError, Initramfs, Source, write_slice};
 use crate::layout;
+use crate::memory::Ram;
 
 /// Offset of the setup header in a bzImage and in the zero page.
 const HEADER_OFFSET: u64 = 0x1f1;
@@ -66,7 +67,7 @@ impl Header {
 
 /// Writes the zero page.
 pub(super) fn write_zero_page(
-    ram: &GuestMemoryMmap,
+    ram: &Ram,
     setup: setup_header,
     rsdp: u64,
     cmdline_length: usize,

@@ -1,8 +1,9 @@
 //! What a guest is told of its physical memory.
 
-use vm_memory::{GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
+use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 
 use crate::layout;
+use crate::memory::Ram;
 
 /// The kinds of memory, as the BIOS call E820 numbers them (ACPI 6.5, 15.1).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -21,7 +22,7 @@ pub(super) struct Entry {
 }
 
 /// The memory map of a machine with this RAM. What is not in it is free for devices.
-pub(super) fn memory_map(ram: &GuestMemoryMmap) -> Vec<Entry> {
+pub(super) fn memory_map(ram: &Ram) -> Vec<Entry> {
     let entry = |kind, start, end| Entry {
         start,
         size: end - start,
@@ -56,7 +57,7 @@ mod tests {
 
     #[test]
     fn map_covers_ram_and_reserves_the_ecam() {
-        let ram = GuestMemoryMmap::<()>::from_ranges(&[
+        let ram = Ram::from_ranges(&[
             (GuestAddress(0), 64 << 20),
             (GuestAddress(layout::HIGH_RAM_START), 1 << 20),
         ])

@@ -17,11 +17,12 @@ use std::path::{Path, PathBuf};
 
 use linux_loader::loader::elf::PvhBootCapability;
 use linux_loader::loader::{BzImage, Elf, KernelLoader};
-use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 
 pub(crate) use self::cpu::BootState;
 use crate::config::PayloadConfig;
-use crate::layout;
+use crate::layout::{self, PAGE_SIZE};
+use crate::memory::Ram;
 
 /// Why a guest cannot be booted.
 #[derive(Debug, thiserror::Error)]
@@ -141,7 +142,7 @@ impl Payload {
     }
 
     /// Loads everything into RAM; the ACPI tables are there already, with their RSDP at `rsdp`.
-    pub(crate) fn load(&self, ram: &GuestMemoryMmap, rsdp: u64) -> Result<BootState, BootError> {
+    pub(crate) fn load(&self, ram: &Ram, rsdp: u64) -> Result<BootState, BootError> {
         reset_vector::write_reset_vector(ram)?;
         let mut magic = [0; 4];
         self.kernel.read_at(&mut magic, 0)?;
@@ -152,7 +153,7 @@ impl Payload {
         }
     }
 
-    fn load_elf(&self, ram: &GuestMemoryMmap, rsdp: u64) -> Result<BootState, BootError> {
+    fn load_elf(&self, ram: &Ram, rsdp: u64) -> Result<BootState, BootError> {
         let path = &self.kernel.path;
         let highmem = Some(GuestAddress(layout::HIGH_MEMORY));
         let loaded = Elf::load(ram, None, &mut self.kernel.reader()?, highmem)
@@ -170,7 +171,7 @@ impl Payload {
         })
     }
 
-    fn load_bzimage(&self, ram: &GuestMemoryMmap, rsdp: u64) -> Result<BootState, BootError> {
+    fn load_bzimage(&self, ram: &Ram, rsdp: u64) -> Result<BootState, BootError> {
         let path = &self.kernel.path;
         let header = linux::Header::read(&self.kernel)?;
         if !header.has_64bit_entry() {
@@ -196,7 +197,7 @@ impl Payload {
         })
     }
 
-    fn load_error(&self, ram: &GuestMemoryMmap, source: linux_loader::loader::Error) -> BootError {
+    fn load_error(&self, ram: &Ram, source: linux_loader::loader::Error) -> BootError {
         use linux_loader::loader::{Error, bzimage, elf};
         let path = self.kernel.path.clone();
         match source {
@@ -216,11 +217,10 @@ impl Payload {
     /// Loads the initramfs as high as it may be in low RAM, behind the kernel that ends at `above`.
     fn load_initramfs(
         &self,
-        ram: &GuestMemoryMmap,
+        ram: &Ram,
         above: u64,
         max: u64,
     ) -> Result<Option<Initramfs>, BootError> {
-        const PAGE: u64 = 4096;
         let Some(source) = &self.initramfs else {
             return Ok(None);
         };
@@ -233,7 +233,7 @@ impl Payload {
         let address = ram_end
             .min(max.saturating_add(1))
             .checked_sub(size)
-            .map(|address| address / PAGE * PAGE)
+            .map(|address| address / PAGE_SIZE * PAGE_SIZE)
             .filter(|&address| address >= above)
             .ok_or_else(too_large)?;
         let length = usize::try_from(size).map_err(|_| too_large())?;
@@ -246,7 +246,7 @@ impl Payload {
         Ok(Some(Initramfs { address, size }))
     }
 
-    fn load_cmdline(&self, ram: &GuestMemoryMmap, max: usize) -> Result<(), BootError> {
+    fn load_cmdline(&self, ram: &Ram, max: usize) -> Result<(), BootError> {
         let length = self.cmdline.len();
         let max = max.min(layout::CMDLINE_MAX - 1);
         if length > max {
@@ -258,7 +258,7 @@ impl Payload {
     }
 }
 
-fn write_slice(ram: &GuestMemoryMmap, data: &[u8], address: GuestAddress) -> Result<(), BootError> {
+fn write_slice(ram: &Ram, data: &[u8], address: GuestAddress) -> Result<(), BootError> {
     ram.write_slice(data, address)
         .map_err(|_| BootError::Structure)
 }

@@ -5,11 +5,12 @@ use linux_loader::configurator::{BootConfigurator, BootParams};
 use linux_loader::loader::elf::start_info::{
     hvm_memmap_table_entry, hvm_modlist_entry, hvm_start_info,
 };
-use vm_memory::{GuestAddress, GuestMemoryMmap};
+use vm_memory::GuestAddress;
 
 use super::memory_map::memory_map;
 use super::{BootError, Initramfs};
 use crate::layout;
+use crate::memory::Ram;
 
 /// `XEN_HVM_START_MAGIC_VALUE`.
 const MAGIC: u32 = 0x336e_c578;
@@ -22,7 +23,7 @@ const MEMORY_MAP: u64 = MODULES + size_of::<hvm_modlist_entry>() as u64;
 
 /// Writes the start info.
 pub(super) fn write_start_info(
-    ram: &GuestMemoryMmap,
+    ram: &Ram,
     rsdp: u64,
     initramfs: Option<Initramfs>,
 ) -> Result<(), BootError> {

@@ -3,13 +3,14 @@
 //! On a hardware-reduced machine Linux passes over ACPI's reset register: it asks EFI to restart, and where there is none
 //! it jumps to the reset vector in real mode (`native_machine_emergency_restart` in arch/x86/kernel/reboot.c).
 
-use vm_memory::{GuestAddress, GuestMemoryMmap};
+use vm_memory::GuestAddress;
 
 use super::{BootError, write_slice};
 use crate::layout;
+use crate::memory::Ram;
 
 /// Writes the code that resets the machine.
-pub(super) fn write_reset_vector(ram: &GuestMemoryMmap) -> Result<(), BootError> {
+pub(super) fn write_reset_vector(ram: &Ram) -> Result<(), BootError> {
     let port = layout::POWER.start() + devices::power::RESET;
     let [port_low, port_high, ..] = port.to_le_bytes();
     #[rustfmt::skip]

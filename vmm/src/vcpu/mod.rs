@@ -16,7 +16,7 @@ use kvm_bindings::{
     KVM_INTERNAL_ERROR_EMULATION_FLAG_INSTRUCTION_BYTES,
 };
 use kvm_ioctls::{Kvm, VcpuFd, VmFd};
-use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+use vm_memory::{Bytes, GuestAddress};
 
 pub(crate) use self::power_on::MsrIndices;
 use self::power_on::PowerOnState;
@@ -25,6 +25,7 @@ use crate::boot::BootState;
 use crate::bus::Bus;
 use crate::cpuid::CommonCpuid;
 use crate::ending::{Ending, Endings};
+use crate::memory::Ram;
 use crate::slots::Slots;
 
 /// Why a vCPU could not be made.
@@ -60,7 +61,7 @@ pub enum VcpuError {
 pub(crate) struct VcpuContext {
     pub(crate) memory: Arc<Bus>,
     pub(crate) ports: Arc<Bus>,
-    pub(crate) ram: GuestMemoryMmap,
+    pub(crate) ram: Ram,
     pub(crate) slots: Slots,
     pub(crate) endings: Arc<Endings>,
 }
@@ -72,6 +73,8 @@ pub(crate) struct Vcpu {
     fd: VcpuFd,
     context: Arc<VcpuContext>,
     power_on: PowerOnState,
+    /// Whether KVM_RUN failed the last time, for memory that another vCPU may have found missing, too.
+    faulted: bool,
 }
 
 /// Whether the guest goes on.
@@ -107,6 +110,7 @@ impl Vcpu {
             fd,
             context,
             power_on,
+            faulted: false,
         })
     }
 
@@ -139,16 +143,23 @@ impl Vcpu {
         // The exit is not taken from what `run` returns, which hides how wide the accesses of string I/O are.
         let result = self.fd.run().map(drop);
         match result {
-            Ok(()) => self.serve_exit(),
+            Ok(()) => {
+                self.faulted = false;
+                self.serve_exit()
+            }
             Err(error) if matches!(error.errno(), libc::EINTR | libc::EAGAIN) => Next::Run,
             Err(error) => self.recover(error),
         }
     }
 
     /// A guest that touches memory which a device server has truncated goes on without it.
-    fn recover(&self, error: kvm_ioctls::Error) -> Next {
-        if error.errno() == libc::EFAULT && self.context.slots.remove_truncated() > 0 {
-            return Next::Run;
+    fn recover(&mut self, error: kvm_ioctls::Error) -> Next {
+        if error.errno() == libc::EFAULT {
+            let removed = self.context.slots.remove_truncated() > 0;
+            if removed || !self.faulted {
+                self.faulted = true;
+                return Next::Run;
+            }
         }
         self.fail(format!("KVM_RUN failed: {error}"))
     }
@@ -161,6 +172,7 @@ impl Vcpu {
             match result {
                 // An access that is wider than an exit, or a repeated one, goes on with its next part.
                 Ok(()) => {
+                    self.faulted = false;
                     if self.serve_exit() == Next::Halt {
                         return Next::Halt;
                     }
