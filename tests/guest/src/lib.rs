@@ -56,12 +56,48 @@ pub const RAM_TRAPS: u64 = 0x3c;
 /// Number of MSI-X vectors.
 pub const VECTORS: u64 = 0x40;
 
+/// How often each of the [`DOORBELLS`] has rung, 32 bits for each.
+pub const RUNG: u64 = 0x80;
+
 /// [`DMA_COMMAND`]: write the [`pattern`] to guest memory.
 pub const DMA_WRITE: u32 = 1;
 /// [`DMA_COMMAND`]: read guest memory.
 pub const DMA_READ: u32 = 2;
 /// Longest transfer in bytes.
 pub const DMA_MAX: u32 = 1 << 20;
+
+/// The doorbells.
+pub const DOORBELLS: [Doorbell; 7] = [
+    doorbell(0, 0x800, 4, None),
+    doorbell(0, 0x804, 4, Some(1)),
+    doorbell(0, 0x804, 4, Some(2)),
+    doorbell(0, 0x808, 8, None),
+    doorbell(0, 0x810, 2, None),
+    doorbell(0, 0x812, 1, Some(0xa5)),
+    doorbell(4, 0x10, 2, None),
+];
+
+/// A place that rings when it is written to.
+#[derive(Clone, Copy, Debug)]
+pub struct Doorbell {
+    /// The BAR.
+    pub bar: usize,
+    /// The offset in the BAR.
+    pub offset: u64,
+    /// How many bytes have to be written: 1, 2, 4 or 8.
+    pub size: u8,
+    /// The value that has to be written, or any.
+    pub value: Option<u64>,
+}
+
+const fn doorbell(bar: usize, offset: u64, size: u8, value: Option<u64>) -> Doorbell {
+    Doorbell {
+        bar,
+        offset,
+        size,
+        value,
+    }
+}
 
 /// Byte `index` of the pattern of `seed`.
 #[must_use]

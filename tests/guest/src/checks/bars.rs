@@ -146,17 +146,7 @@ pub(super) fn decode(device: &Device) -> Result<()> {
     );
     ram.write(mapped, 0_u32);
 
-    let [first, second] = [0, 4].map(|offset| device.config::<4>(regs::BASE_ADDRESS_0 + offset));
-    let (first, second) = (first?, second?);
-    device.set_config(regs::BASE_ADDRESS_0, &second)?;
-    device.set_config(regs::BASE_ADDRESS_0 + 4, &first)?;
-    device.command(regs::COMMAND_MEMORY, 0)?;
-    let moved = table.read::<u32>(at(MAGIC));
-    device.command(0, regs::COMMAND_MEMORY)?;
-    device.set_config(regs::BASE_ADDRESS_0, &first)?;
-    device.set_config(regs::BASE_ADDRESS_0 + 4, &second)?;
-    device.command(regs::COMMAND_MEMORY, 0)?;
-
+    let moved = while_swapped(device, || table.read::<u32>(at(MAGIC)))?;
     ensure!(
         moved == MAGIC_VALUE,
         "BAR 0 did not answer at its new address"
@@ -170,4 +160,21 @@ pub(super) fn decode(device: &Device) -> Result<()> {
         "the mapped memory is not what it was"
     );
     Ok(())
+}
+
+/// Does something while BARs 0 and 1, which are of one size, have each other's place.
+pub(super) fn while_swapped<T>(device: &Device, act: impl FnOnce() -> T) -> Result<T> {
+    const SECOND: u16 = regs::BASE_ADDRESS_0 + 4;
+    let first = device.config::<4>(regs::BASE_ADDRESS_0)?;
+    let second = device.config::<4>(SECOND)?;
+    let place = |first, second| {
+        device.command(0, regs::COMMAND_MEMORY)?;
+        device.set_config(regs::BASE_ADDRESS_0, first)?;
+        device.set_config(SECOND, second)?;
+        device.command(regs::COMMAND_MEMORY, 0)
+    };
+    place(&second, &first)?;
+    let result = act();
+    place(&first, &second)?;
+    Ok(result)
 }

@@ -4,6 +4,7 @@
 mod bars;
 mod config;
 mod dma;
+mod doorbells;
 mod intx;
 mod msi;
 mod msix;
@@ -20,7 +21,7 @@ pub(crate) struct Check {
 }
 
 /// Every check, in the order in which they run.
-pub(crate) const ALL: [Check; 12] = [
+pub(crate) const ALL: [Check; 13] = [
     check("config", config::header),
     check("capabilities", config::capabilities),
     check("bars", config::bars),
@@ -31,6 +32,7 @@ pub(crate) const ALL: [Check; 12] = [
     check("dma", dma::transfers),
     check("msix", msix::vectors),
     check("msix-mask", msix::masks),
+    check("doorbells", doorbells::rung),
     check("msi", msi::messages),
     check("intx", intx::line),
 ];
