@@ -4,6 +4,8 @@
 //! * `RESULT N.check ok` or `RESULT N.check FAILED why`, for check `check` of device `N`;
 //! * `GUEST DONE`, the last line.
 //!
+//! With the argument `work` it does what [`work`] says instead.
+//!
 //! `outrigger.checks=a,b` on the kernel command line selects checks; without it all of them run.
 
 mod checks;
@@ -11,14 +13,18 @@ mod dma;
 mod interrupts;
 mod mapping;
 mod pci;
+mod work;
 
-use std::fs;
+use std::{env, fs};
 
 use anyhow::Result;
 
 use crate::pci::Device;
 
 fn main() -> Result<()> {
+    if env::args().nth(1).as_deref() == Some("work") {
+        return work::until_button();
+    }
     facts()?;
     let selected = parameter("outrigger.checks")?;
     let selected = |name: &str| {

@@ -103,13 +103,22 @@ impl<'a> Case<'a> {
     /// # Errors
     /// When it does not listen.
     pub fn device(&mut self) -> Result<PathBuf> {
-        let socket = self.path(&format!("device-{}", self.devices.len()));
+        let (server, socket) = self.server()?;
+        self.devices.push(server);
+        Ok(socket)
+    }
+
+    /// Starts a server with a demo device, and returns it with the path of its socket.
+    ///
+    /// # Errors
+    /// When it does not listen.
+    pub fn server(&self) -> Result<(Process, PathBuf)> {
+        let socket = self.path(&format!("device-{}", self.started.get()));
         let mut command = self.outrigger();
         command.args(["serve", "demo", "--socket"]);
         let mut server = self.start(command.arg(&socket))?;
         server.wait_for("listening", SOON)?;
-        self.devices.push(server);
-        Ok(socket)
+        Ok((server, socket))
     }
 
     /// Outrigger, without arguments.

@@ -42,6 +42,6 @@ const fn check(name: &'static str, run: fn(&Device) -> Result<()>) -> Check {
 }
 
 /// A register's place in a mapping.
-fn at(offset: u64) -> usize {
+pub(crate) fn at(offset: u64) -> usize {
     usize::try_from(offset).unwrap_or(usize::MAX)
 }

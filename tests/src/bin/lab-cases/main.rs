@@ -29,6 +29,7 @@ fn main() -> ExitCode {
     suite.run("no-kvm", no_kvm::refused);
     suite.run("truncated-bar", servers::truncated_bar);
     suite.run("foreign-device", servers::foreign_device);
+    suite.run("killed-and-stopped", servers::killed_and_stopped);
     suite.run("linux-6.12", boot::linux_6_12);
     suite.run("linux-6.1-huge-pages", boot::linux_6_1_huge_pages);
     suite.run("four-cpus-4g-two-devices", boot::four_cpus_4g_two_devices);
