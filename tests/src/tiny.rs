@@ -5,7 +5,7 @@
 use std::io::Write;
 use std::ops::{Deref, DerefMut};
 
-use iced_x86::code_asm::{CodeAssembler, CodeLabel, al, dword_ptr, dx, eax, edx, esp, ptr};
+use iced_x86::code_asm::{CodeAssembler, CodeLabel, al, ds, dword_ptr, dx, eax, edx, esp, ptr, ss};
 use iced_x86::{BlockEncoderOptions, IcedError};
 use tempfile::NamedTempFile;
 
@@ -21,6 +21,8 @@ pub const SLEEP_CONTROL: u16 = 0x600;
 pub const RESET: u16 = 0x602;
 /// Configuration space of the first device behind the host bridge, in the window that the MCFG table tells.
 pub const FIRST_DEVICE: u32 = 0xe000_0000 + (1 << 15);
+/// Where a guest's stack ends, if it has one.
+const STACK: u32 = SCRATCH + 0x2000;
 /// The local APIC's registers.
 pub const LOCAL_APIC: u32 = 0xfee0_0000;
 /// The I/O APIC's registers.
@@ -101,6 +103,12 @@ impl Code {
         self.outb(COM1, character)
     }
 
+    /// Sends a line to the serial port.
+    pub fn print_line(&mut self, line: &str) -> Result<(), IcedError> {
+        line.bytes().try_for_each(|byte| self.print(byte))?;
+        self.print(b'\n')
+    }
+
     /// Sends the character in AL.
     pub fn print_al(&mut self) -> Result<(), IcedError> {
         self.mov(dx, u32::from(COM1))?;
@@ -122,16 +130,66 @@ impl Code {
     /// Switches the local APIC on and allows interrupts.
     pub fn allow_interrupts(&mut self) -> Result<(), IcedError> {
         const POINTER: u32 = SCRATCH + 0x800;
-        const STACK: u32 = SCRATCH + 0x2000;
         let limit = u32::from(INTERRUPT_VECTORS) * 8 - 1;
         self.mov(esp, STACK)?;
         // Limit and base, packed.
         self.store(POINTER, limit | INTERRUPT_TABLE << 16)?;
         self.store(POINTER + 4, INTERRUPT_TABLE >> 16)?;
         self.lidt(ptr(POINTER))?;
-        // The spurious interrupt vector register enables the APIC.
-        self.store(LOCAL_APIC + 0xf0, 0x1ff)?;
+        self.enable_apic()?;
         self.sti()
+    }
+
+    fn enable_apic(&mut self) -> Result<(), IcedError> {
+        // By the spurious interrupt vector register.
+        self.store(LOCAL_APIC + 0xf0, 0x1ff)
+    }
+
+    /// Starts the second CPU, which begins at `entry` in the same mode as the first did, without a stack.
+    pub fn start_second_cpu(&mut self, entry: CodeLabel) -> Result<(), IcedError> {
+        /// A page that a CPU in real mode can be started in, and what is in it.
+        const PAGE: u32 = 0x8000;
+        const TABLE: u32 = PAGE + 0x40;
+        const TABLE_POINTER: u32 = PAGE + 0x80;
+        #[rustfmt::skip]
+        const REAL_MODE: [u8; 24] = [
+            0x0f, 0x01, 0x16, 0x80, 0x80,   // lgdt [TABLE_POINTER]
+            0x0f, 0x20, 0xc0,               // mov eax, cr0
+            0x0c, 0x01,                     // or al, 1
+            0x0f, 0x22, 0xc0,               // mov cr0, eax
+            0x66, 0xea, 0, 0, 0, 0, 0x10, 0, // jmp 0x10:entry
+            0x90, 0x90, 0x90,
+        ];
+        const ENTRY: u32 = PAGE + 15;
+        /// No descriptor, none, flat code, flat data (Intel SDM, volume 3, 3.4.5).
+        const DESCRIPTORS: [u64; 4] = [0, 0, 0x00cf_9b00_0000_ffff, 0x00cf_9300_0000_ffff];
+
+        let mut on = self.create_label();
+        for (word, address) in REAL_MODE.as_chunks().0.iter().zip((PAGE..).step_by(4)) {
+            self.store(address, u32::from_le_bytes(*word))?;
+        }
+        let table = DESCRIPTORS.iter().flat_map(|entry| entry.to_le_bytes());
+        let table: Vec<_> = table.collect();
+        for (word, address) in table.as_chunks().0.iter().zip((TABLE..).step_by(4)) {
+            self.store(address, u32::from_le_bytes(*word))?;
+        }
+        self.store(TABLE_POINTER, 31 | TABLE << 16)?;
+        self.store(TABLE_POINTER + 4, 0)?;
+        // The call leaves the address of what follows it, where the second CPU begins.
+        self.mov(esp, STACK)?;
+        self.call(on)?;
+        self.mov(eax, 0x18)?;
+        self.mov(ds, eax)?;
+        self.mov(ss, eax)?;
+        self.jmp(entry)?;
+        self.set_label(&mut on)?;
+        self.pop(eax)?;
+        self.mov(dword_ptr(ENTRY), eax)?;
+        self.enable_apic()?;
+        // The interrupt command register: INIT, and then a start-up message that names the page.
+        self.store(LOCAL_APIC + 0x310, 1 << 24)?;
+        self.store(LOCAL_APIC + 0x300, 0x4500)?;
+        self.store(LOCAL_APIC + 0x300, 0x4600 | PAGE >> 12)
     }
 
     /// What follows handles interrupts of this vector, up to [`Code::end_handler`]; it may use EAX and EDX.
