@@ -48,8 +48,8 @@ pub trait Backend: Send + Sync + fmt::Debug {
     /// Describes one kind of interrupt.
     fn irq(&self, irq: Irq) -> Result<IrqInfo, BackendError>;
 
-    /// Has the device signal `events` for its vectors from `first` on. A kind that was disabled is thereby enabled;
-    /// vectors that were armed before and are not among these stay as they are.
+    /// Has the device signal `events`, if there are any, for its vectors from `first` on. A kind that was disabled is
+    /// thereby enabled; vectors that were armed before and are not among these stay as they are.
     fn arm(&self, irq: Irq, first: u16, events: &[BorrowedFd<'_>]) -> Result<(), BackendError>;
 
     /// Disables all vectors of this kind.

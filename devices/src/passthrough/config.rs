@@ -16,9 +16,14 @@ use super::probe::ProbeError;
 /// Device Capabilities in the PCI Express capability, and its function-level reset bit (PCIe 5.0, 7.5.3.3).
 const DEVICE_CAPABILITIES: u16 = 4;
 const FLR_CAPABLE: u32 = 1 << 28;
-/// Device Control, and the bit that starts a function-level reset (7.5.3.4).
+/// Device Control, and the bit of its second byte that starts a function-level reset (7.5.3.4).
 const DEVICE_CONTROL: u16 = 8;
-const INITIATE_FLR: u16 = 1 << 15;
+const INITIATE_FLR: u8 = 1 << 7;
+/// The same in the Advanced Features capability, which conventional devices have (7.9.22).
+const AF_CAPABILITIES: u16 = 3;
+const AF_FLR_CAPABLE: u8 = 1 << 1;
+const AF_CONTROL: u16 = 4;
+const AF_INITIATE_FLR: u8 = 1;
 /// Power Management Control/Status, and its power state (7.5.2.2).
 const POWER_CONTROL: u16 = 4;
 const POWER_STATE: u16 = 3;
@@ -42,6 +47,8 @@ const HIDDEN_EXTENDED: [u16; 7] = [
 pub(super) struct Config {
     /// The values of what the VMM owns.
     space: ConfigSpace,
+    /// How many bytes the device has.
+    size: u16,
     /// Which bits of each byte the VMM owns.
     owned: Box<[u8]>,
     pub(super) bars: Bars,
@@ -51,8 +58,8 @@ pub(super) struct Config {
     power: Option<u16>,
     /// The power state that the guest has chosen; 0 is on.
     power_state: u16,
-    /// Where the PCI Express capability is, of a device that can be reset through it.
-    flr: Option<u16>,
+    /// Where a write starts a function-level reset: bytes and bits in them.
+    resets: Vec<(u16, u8)>,
 }
 
 /// What a write leads to, apart from the new values.
@@ -91,7 +98,7 @@ impl Config {
         let mut msi = None;
         let mut msix = None;
         let mut power = None;
-        let mut flr = None;
+        let mut resets = Vec::new();
         let list: Vec<_> = pci::capabilities(|offset| space.dword(offset)).collect();
         for capability in list {
             let Capability { id, offset } = capability?;
@@ -116,8 +123,14 @@ impl Config {
                     if space.word(start + 2) & 0xf >= 2 {
                         own(start + 0x2c..start + 0x34);
                     }
-                    let capable = space.dword(start + DEVICE_CAPABILITIES) & FLR_CAPABLE != 0;
-                    flr = capable.then_some(start);
+                    if space.dword(start + DEVICE_CAPABILITIES) & FLR_CAPABLE != 0 {
+                        resets.push((start + DEVICE_CONTROL + 1, INITIATE_FLR));
+                    }
+                }
+                Capability::ADVANCED_FEATURES => {
+                    if space.byte(start + AF_CAPABILITIES) & AF_FLR_CAPABLE != 0 {
+                        resets.push((start + AF_CONTROL, AF_INITIATE_FLR));
+                    }
                 }
                 _ => {}
             }
@@ -133,13 +146,14 @@ impl Config {
 
         let mut config = Self {
             space,
+            size,
             owned,
             bars,
             msi,
             msix,
             power,
             power_state: 0,
-            flr,
+            resets,
         };
         config.set_up_header();
         Ok(config)
@@ -205,12 +219,16 @@ impl Config {
         }
     }
 
-    /// Whether the device must be asked for some of these bytes.
-    pub(super) fn is_devices(&self, offset: u16, length: usize) -> bool {
+    /// How many of these bytes the device must be asked for, from the first on: none, or as many as it has.
+    pub(super) fn devices_part(&self, offset: u16, length: usize) -> usize {
         let start = usize::from(offset);
-        self.owned
-            .get(start..start + length)
-            .is_some_and(|owned| owned.iter().any(|&bits| bits != 0xff))
+        let end = (start + length).min(self.size.into());
+        let owned = self.owned.get(start..end).unwrap_or(&[]);
+        if owned.iter().all(|&bits| bits == 0xff) {
+            0
+        } else {
+            owned.len()
+        }
     }
 
     /// Reads: what the device owns is in `data` already.
@@ -258,10 +276,8 @@ impl Config {
     }
 
     fn starts_reset(&self, offset: u16, data: &[u8]) -> bool {
-        let [_, high] = INITIATE_FLR.to_le_bytes();
-        self.flr
-            .and_then(|express| byte_at(offset, data, express + DEVICE_CONTROL + 1))
-            .is_some_and(|byte| byte & high != 0)
+        let starts = |&(at, bit)| byte_at(offset, data, at).is_some_and(|byte| byte & bit != 0);
+        self.resets.iter().any(starts)
     }
 
     fn write_msi(&mut self, offset: u16, data: &[u8], effects: &mut Effects) {

@@ -156,6 +156,8 @@ impl Interrupts {
                 self.vectors.set(Some(vectors));
             }
             Mode::Msix { vectors: count } => {
+                // The device has to be in this mode even if all vectors are masked.
+                backend.arm(Irq::Msix, 0, &[])?;
                 self.vectors.set(Some(self.source.vectors(count)?.into()));
                 self.armed = vec![false; count.into()];
             }

@@ -37,6 +37,8 @@ const PATIENCE: Duration = Duration::from_secs(10);
 /// of the backend. Everything else goes by itself.
 #[derive(Debug)]
 pub struct Passthrough {
+    // What is mapped and connected goes before the device does.
+    wiring: Turn<Wiring>,
     backend: Arc<dyn Backend>,
     faults: Faults,
     /// Whether the device is gone for good. The guest finds nothing where it was.
@@ -49,7 +51,6 @@ pub struct Passthrough {
     /// What they are now. Never locked while the backend is called.
     config: Mutex<Config>,
     vectors: Arc<CurrentVectors>,
-    wiring: Turn<Wiring>,
 }
 
 /// What follows from the registers: set up in the machine and in the device.
@@ -103,7 +104,9 @@ impl Passthrough {
         self.in_turn(|wiring| {
             self.unmap(wiring, &Decoded::default());
             wiring.mapped = Decoded::default();
-            // It cannot be told.
+            // What it holds of the device's would keep the device from whoever wants it now.
+            wiring.mapper = Box::new(Nowhere);
+            // The device cannot be told.
             let _ = wiring.interrupts.disable(self.backend.as_ref());
         });
     }
@@ -230,6 +233,18 @@ impl Passthrough {
     }
 }
 
+/// Where the BARs of a device are that is gone.
+#[derive(Debug)]
+struct Nowhere;
+
+impl BarMapper for Nowhere {
+    fn map(&self, _: BarIndex, _: u64) -> Result<(), Cause> {
+        Err("the device is gone".into())
+    }
+
+    fn unmap(&self, _: BarIndex) {}
+}
+
 /// What part of a BAR an access is in.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Place {
@@ -250,8 +265,10 @@ impl Endpoint for Passthrough {
             return;
         }
         data.fill(0);
-        let is_devices = self.config().is_devices(offset, data.len());
-        if is_devices && let Err(error) = self.backend.read(Region::Config, offset.into(), data) {
+        let length = self.config().devices_part(offset, data.len());
+        if let Some(data) = data.get_mut(..length).filter(|data| !data.is_empty())
+            && let Err(error) = self.backend.read(Region::Config, offset.into(), data)
+        {
             self.fault(
                 format_args!("read of configuration space at {offset:#x}"),
                 &error,

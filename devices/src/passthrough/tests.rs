@@ -54,6 +54,7 @@ const MEMORY: BarIndex = BarIndex::ALL[0];
 const PORTS: BarIndex = BarIndex::ALL[1];
 const MSIX: u16 = 0x40;
 const OWN: u16 = 0x50;
+const FEATURES: u16 = 0x58;
 
 fn device(notes: &Notes) -> Device {
     let mut config = vec![0; 256];
@@ -67,7 +68,9 @@ fn device(notes: &Notes) -> Device {
     set(0x34, &[0x40]);
     // Two vectors, in BAR 0 from 0x800 on, the pending bits from 0xc00 on; and a vendor's capability.
     set(MSIX, &[0x11, 0x50, 1, 0, 0, 8, 0, 0, 0, 0xc, 0, 0]);
-    set(OWN, &[9, 0, 8, 0, 1, 2, 3, 4]);
+    set(OWN, &[9, FEATURES.to_le_bytes()[0], 8, 0, 1, 2, 3, 4]);
+    // Advanced features, with a function-level reset.
+    set(FEATURES, &[0x13, 0, 6, 2, 0, 0]);
     Device {
         notes: notes.clone(),
         config,
@@ -92,7 +95,7 @@ impl Backend for Device {
         let size = match region {
             Region::Bar(MEMORY) => 0x4000,
             Region::Bar(PORTS) => 0x20,
-            Region::Config => 256,
+            Region::Config => self.config.len() as u64,
             Region::Bar(_) => 0,
         };
         let has_area = region == Region::Bar(MEMORY);
@@ -267,6 +270,29 @@ fn what_the_device_owns_is_asked_for_once() {
     endpoint.config_write(OWN + 4, &[7]);
     let offset = u64::from(OWN + 4);
     assert_eq!(notes.take(), [Write(Region::Config, offset, vec![7])]);
+}
+
+#[test]
+fn a_configuration_space_may_end_in_the_middle() {
+    let mut device = device(&Notes::default());
+    device.config.truncate(0x56);
+    let (endpoint, notes) = endpoint(device);
+    assert_eq!(config(&endpoint, OWN + 4), 0x0201);
+    let offset = u64::from(OWN + 4);
+    assert_eq!(notes.take(), [Read(Region::Config, offset, 2)]);
+    assert_eq!(config(&endpoint, OWN + 8), 0);
+    endpoint.config_write(OWN + 8, &[1; 4]);
+    assert_eq!(notes.take(), []);
+}
+
+#[test]
+fn a_reset_by_a_register_takes_the_device_off_the_bus() {
+    let (endpoint, notes) = endpoint(device(&Notes::default()));
+    endpoint.config_write(FEATURES + 4, &[0]);
+    notes.take();
+    endpoint.config_write(FEATURES + 4, &[1]);
+    assert_eq!(notes.take(), [Unmap(MEMORY), Unmap(PORTS), Reset]);
+    assert_eq!(config(&endpoint, 0x10), 0);
 }
 
 #[test]
