@@ -1,5 +1,6 @@
 //! What the guest sees: the passthrough endpoint over its backends, and the few platform devices.
 
+pub mod host;
 pub mod power;
 
 mod backend;
