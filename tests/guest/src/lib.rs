@@ -1,4 +1,5 @@
-//! The demo device as its driver knows it. The server documents the registers: `device_servers::demo`.
+//! The demo device as its driver knows it. The server documents the registers: `device_servers::demo`. The foreign device
+//! (`tests::foreign`) has some of them.
 #![forbid(unsafe_code)]
 
 use core::ops::Range;
