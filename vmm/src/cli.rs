@@ -5,7 +5,10 @@ use std::process::ExitCode;
 
 use anyhow::{Context as _, bail};
 use clap::{ArgAction, Parser, Subcommand};
-use vmm::{MemoryConfig, PayloadConfig, SerialConfig, UserDeviceConfig, VmConfig, parse_vcpus};
+use vmm::{
+    HostDeviceConfig, IommufdConfig, MemoryConfig, PayloadConfig, SerialConfig, UserDeviceConfig,
+    VmConfig, parse_vcpus,
+};
 
 /// Boots a guest with KVM whose PCI devices live in other processes.
 #[derive(Debug, Parser)]
@@ -49,6 +52,16 @@ pub(crate) struct Cli {
     #[arg(long, value_name = "off", default_value = "off")]
     console: String,
 
+    /// A device of the host: path= with its sysfs directory, its PCI address or a mediated device's
+    /// UUID, and id=NAME to call it by; or fd= with an open VFIO character device. Takes several
+    /// values, and may be repeated
+    #[arg(long = "device", value_name = "path=DEVICE,...", num_args = 1..)]
+    devices: Vec<String>,
+
+    /// How the host's devices get at guest memory: iommufd=on|off|auto, or iommufd_fd=N
+    #[arg(long, value_name = "iommufd=HOW", default_value = "iommufd=auto")]
+    platform: String,
+
     /// A device that a vfio-user server provides: socket=PATH, and id=NAME to call it by. Takes
     /// several values, and may be repeated
     #[arg(long = "user-device", value_name = "socket=PATH,...", num_args = 1..)]
@@ -69,6 +82,9 @@ pub(crate) enum Command {
     /// Serves a built-in device over vfio-user, for any VMM
     #[command(subcommand)]
     Serve(Device),
+    /// Shows the host's devices, gives them to VFIO, and gives them back
+    #[command(subcommand)]
+    Vfio(Vfio),
 }
 
 /// The built-in devices.
@@ -79,6 +95,35 @@ pub(crate) enum Device {
         /// The socket to listen on
         #[arg(long, value_name = "PATH")]
         socket: PathBuf,
+    },
+}
+
+/// What can be done about the host's devices.
+#[derive(Debug, Subcommand)]
+pub(crate) enum Vfio {
+    /// Shows PCI and mediated devices, and whether each could be passed through or what stands in the way
+    List {
+        /// Show bridges, too
+        #[arg(long)]
+        all: bool,
+    },
+    /// Gives PCI devices to VFIO, and with it to VMs
+    Bind {
+        /// Their addresses, like 0000:01:00.0 or 01:00.0
+        #[arg(required = true, value_name = "BDF")]
+        devices: Vec<String>,
+        /// Only show what would be written, as commands
+        #[arg(long)]
+        dry_run: bool,
+    },
+    /// Gives PCI devices back to their own drivers
+    Unbind {
+        /// Their addresses, like 0000:01:00.0 or 01:00.0
+        #[arg(required = true, value_name = "BDF")]
+        devices: Vec<String>,
+        /// Only show what would be written, as commands
+        #[arg(long)]
+        dry_run: bool,
     },
 }
 
@@ -132,6 +177,7 @@ impl Cli {
             .as_deref()
             .map(MemoryConfig::parse)
             .transpose()?;
+        let host_devices = self.devices.iter().enumerate();
         let devices = self.user_devices.iter().enumerate();
         let config = VmConfig {
             payload: PayloadConfig {
@@ -142,6 +188,10 @@ impl Cli {
             vcpus: parse_vcpus(&self.cpus)?,
             memory: memory.unwrap_or_default(),
             serial: SerialConfig::parse(&self.serial)?,
+            devices: host_devices
+                .map(|(place, text)| HostDeviceConfig::parse(text, place))
+                .collect::<Result<_, _>>()?,
+            iommufd: IommufdConfig::parse(&self.platform)?,
             user_devices: devices
                 .map(|(place, text)| UserDeviceConfig::parse(text, place))
                 .collect::<Result<_, _>>()?,

@@ -1,6 +1,7 @@
 //! The `outrigger` command.
 
 mod cli;
+mod vfio_command;
 
 use std::process::ExitCode;
 
@@ -18,6 +19,7 @@ fn main() -> ExitCode {
     cli.set_up_log();
     let done = match &cli.command {
         Some(Command::Serve(device)) => serve(device).map(|()| ExitCode::SUCCESS),
+        Some(Command::Vfio(command)) => vfio_command::run(command).map(|()| ExitCode::SUCCESS),
         None => run(&cli).map(|ending| report(&ending)),
     };
     done.unwrap_or_else(|error| {
