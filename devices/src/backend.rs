@@ -9,12 +9,17 @@ use std::sync::Arc;
 use pci::BarIndex;
 use vfio_user_client::{ConnError, DeviceState};
 
+use crate::kernel::KernelError;
+
 /// Why a backend did not do what it was asked.
 #[derive(Debug, thiserror::Error)]
 pub enum BackendError {
     /// The vfio-user connection says why.
     #[error(transparent)]
     Remote(#[from] ConnError),
+    /// The kernel's VFIO says why.
+    #[error(transparent)]
+    Kernel(#[from] KernelError),
     /// It is some other kind of device.
     #[error("it is not a PCI device")]
     NotPci,

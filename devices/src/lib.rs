@@ -1,6 +1,7 @@
 //! What the guest sees: the passthrough endpoint over its backends, and the few platform devices.
 
 pub mod host;
+pub mod kernel;
 pub mod power;
 
 mod backend;

@@ -127,10 +127,10 @@ impl Config {
                         resets.push((start + DEVICE_CONTROL + 1, INITIATE_FLR));
                     }
                 }
-                Capability::ADVANCED_FEATURES => {
-                    if space.byte(start + AF_CAPABILITIES) & AF_FLR_CAPABLE != 0 {
-                        resets.push((start + AF_CONTROL, AF_INITIATE_FLR));
-                    }
+                Capability::ADVANCED_FEATURES
+                    if space.byte(start + AF_CAPABILITIES) & AF_FLR_CAPABLE != 0 =>
+                {
+                    resets.push((start + AF_CONTROL, AF_INITIATE_FLR));
                 }
                 _ => {}
             }
