@@ -5,6 +5,7 @@ use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 
+use devices::kernel::{KernelDevice, Notices};
 use devices::{Passthrough, Remote};
 use event_manager::{EventManager, EventOps, Events, MutEventSubscriber, SubscriberOps};
 use libc::{SIGHUP, SIGINT, SIGPWR, SIGTERM};
@@ -149,6 +150,42 @@ impl MutEventSubscriber for Server {
             self.endpoint.give_up(&loss);
             if let Err(error) = ops.remove(events) {
                 log::debug!("cannot stop watching a device server: {error}");
+            }
+        }
+    }
+}
+
+/// What the host has to say of a device of its own.
+pub(crate) struct HostNotices {
+    pub(crate) device: Arc<KernelDevice>,
+    pub(crate) endpoint: Arc<Passthrough>,
+}
+
+impl MutEventSubscriber for HostNotices {
+    fn init(&mut self, ops: &mut EventOps<'_>) {
+        let Notices {
+            failed,
+            wanted_back,
+        } = self.device.notices();
+        watch(ops, failed);
+        watch(ops, wanted_back);
+    }
+
+    fn process(&mut self, events: Events, ops: &mut EventOps<'_>) {
+        let reason = if events.fd() == self.device.notices().failed.as_raw_fd() {
+            "it reported an error that it does not recover from"
+        } else {
+            "the host wants it back, and has it now"
+        };
+        self.endpoint.give_up(&reason);
+        // It has nothing more to say.
+        let Notices {
+            failed,
+            wanted_back,
+        } = self.device.notices();
+        for event in [failed, wanted_back] {
+            if let Err(error) = ops.remove(Events::empty(event)) {
+                log::debug!("cannot stop watching a device of the host: {error}");
             }
         }
     }

@@ -11,9 +11,11 @@ mod console;
 mod cpuid;
 mod ending;
 mod event_loop;
+mod host_devices;
 mod interrupts;
 mod kvm;
 mod kvm_ext;
+mod kvm_vfio;
 mod layout;
 mod memory;
 mod options;
@@ -25,7 +27,8 @@ mod vcpus;
 mod vm;
 
 pub use config::{
-    ConfigError, MemoryConfig, PayloadConfig, SerialConfig, UserDeviceConfig, VmConfig, parse_vcpus,
+    ConfigError, HostDeviceConfig, HostDeviceSource, IommufdConfig, MemoryConfig, PayloadConfig,
+    SerialConfig, UserDeviceConfig, VmConfig, parse_vcpus,
 };
 pub use ending::Ending;
 pub use kvm::only_emulates;

@@ -4,12 +4,13 @@ use std::path::PathBuf;
 use std::sync::{Arc, Weak};
 use std::{io, thread};
 
-use devices::{BusDevice, Passthrough, Probe, Remote};
+use devices::{Backend, BusDevice, Passthrough, Probe, Remote};
 use pci::{BarAllocator, Bdf, Cause, ConfigPorts, Ecam, Endpoint, HostBridge, Segment};
 
 use crate::bars::{Bars, Space};
 use crate::config::UserDeviceConfig;
-use crate::event_loop::Server;
+use crate::event_loop::{HostNotices, Server};
+use crate::host_devices::HostDevice;
 use crate::interrupts::Interrupts;
 use crate::layout;
 use crate::memory::Memory;
@@ -27,6 +28,15 @@ pub enum DeviceError {
         id: String,
         /// Its server's socket.
         socket: PathBuf,
+        /// What went wrong.
+        #[source]
+        source: Cause,
+    },
+    /// A device of the host cannot be attached.
+    #[error("--device: cannot attach {id}")]
+    AttachHostDevice {
+        /// The device.
+        id: String,
         /// What went wrong.
         #[source]
         source: Cause,
@@ -84,12 +94,30 @@ impl PciHost {
     }
 
     fn try_attach(&mut self, config: &UserDeviceConfig, memory: &Memory) -> Result<Server, Cause> {
-        let device = self.segment.free_device(0).ok_or("the bus is full")?;
-        let bdf = Bdf::new(0, device, 0).ok_or("the bus is full")?;
         let remote = Arc::new(Remote::connect(&config.socket, memory.for_messages())?);
         memory.attach(remote.as_ref())?;
+        let endpoint = self.insert(&config.id, remote.clone())?;
+        log::info!("{} is served on {}", config.id, config.socket.display());
+        Ok(Server { remote, endpoint })
+    }
 
-        let mut probe = Probe::new(remote.clone())?;
+    /// Puts a device of the host in the next free place. The event loop has to watch for what the host has to say of
+    /// it.
+    pub(crate) fn attach_host_device(
+        &mut self,
+        HostDevice { id, device }: HostDevice,
+    ) -> Result<HostNotices, DeviceError> {
+        let endpoint = self
+            .insert(&id, device.clone())
+            .map_err(|source| DeviceError::AttachHostDevice { id, source })?;
+        Ok(HostNotices { device, endpoint })
+    }
+
+    /// Puts a device in the next free place. It can reach guest memory already.
+    fn insert(&mut self, id: &str, backend: Arc<dyn Backend>) -> Result<Arc<Passthrough>, Cause> {
+        let device = self.segment.free_device(0).ok_or("the bus is full")?;
+        let bdf = Bdf::new(0, device, 0).ok_or("the bus is full")?;
+        let mut probe = Probe::new(backend)?;
         let mut registers = probe.bars().clone();
         self.allocator.assign(&mut registers)?;
         probe.set_bars(registers);
@@ -97,18 +125,14 @@ impl PciHost {
         let interrupts = Box::new(self.interrupts.of_device(device));
         let endpoint = Arc::new_cyclic(|endpoint: &Weak<Passthrough>| {
             let mapper = Box::new(bars.serve_by(endpoint.clone()));
-            Passthrough::new(&config.id, probe, mapper, interrupts)
+            Passthrough::new(id, probe, mapper, interrupts)
         });
         // The device may have served another VM before; and this connects its interrupt pin.
         endpoint.reset()?;
         self.segment.insert(bdf, endpoint.clone())?;
         self.devices.push(endpoint.clone());
-        log::info!(
-            "{} is {bdf}, served on {}",
-            config.id,
-            config.socket.display()
-        );
-        Ok(Server { remote, endpoint })
+        log::info!("{id} is {bdf}");
+        Ok(endpoint)
     }
 
     /// Resets every device, all at once since each may take its time, and then calls `then`. No vCPU runs. A device

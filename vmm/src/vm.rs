@@ -12,6 +12,7 @@ use crate::console::{Console, ConsoleError};
 use crate::cpuid::CommonCpuid;
 use crate::ending::{Ending, Endings};
 use crate::event_loop::{EventLoop, LoopError, Signals};
+use crate::host_devices::{self, HostDeviceError};
 use crate::interrupts::{InterruptError, Interrupts};
 use crate::kvm::{self, KvmError};
 use crate::layout;
@@ -57,6 +58,9 @@ pub enum VmError {
     /// A vCPU cannot be made.
     #[error(transparent)]
     Vcpu(#[from] VcpuError),
+    /// A device of the host cannot be had.
+    #[error(transparent)]
+    HostDevice(#[from] HostDeviceError),
     /// A device cannot be attached.
     #[error(transparent)]
     Device(#[from] DeviceError),
@@ -126,6 +130,11 @@ impl Vm {
             windows,
         };
         let mut pci = PciHost::new(space, interrupts.clone())?;
+        let host_devices = host_devices::open(&config.devices, config.iommufd, &vm, &memory)?;
+        let notices = host_devices
+            .into_iter()
+            .map(|device| pci.attach_host_device(device))
+            .collect::<Result<Vec<_>, _>>()?;
         let mut servers = Vec::with_capacity(config.user_devices.len());
         for device in &config.user_devices {
             servers.push(pci.attach(device, &memory)?);
@@ -148,6 +157,9 @@ impl Vm {
             .collect::<Result<_, _>>()?;
 
         let mut event_loop = EventLoop::new(endings.clone())?;
+        for notices in notices {
+            event_loop.add(Box::new(notices));
+        }
         for server in servers {
             event_loop.add(Box::new(server));
         }

@@ -1,7 +1,11 @@
 //! What a VM is to be: the values behind the command line, checked as far as they can be without a host.
 
+mod devices;
+
 use std::collections::BTreeSet;
 use std::path::PathBuf;
+
+pub use self::devices::{HostDeviceConfig, HostDeviceSource, IommufdConfig, UserDeviceConfig};
 
 use crate::layout::PAGE_SIZE;
 use crate::options::{OptionError, Options};
@@ -46,11 +50,20 @@ pub enum ConfigError {
     #[error("--cpus: a VM has between 1 and {MAX_VCPUS} vCPUs, not {0}")]
     Vcpus(u32),
     /// Two devices of the same name.
-    #[error("--user-device: two devices have the id `{0}`")]
+    #[error("two devices have the id `{0}`: give each its own with id=")]
     SameId(String),
     /// More devices than the bus has room for.
-    #[error("--user-device: there is room for {MAX_DEVICES} devices, not {0}")]
+    #[error("--device, --user-device: there is room for {MAX_DEVICES} devices, not {0}")]
     TooManyDevices(usize),
+    /// A device of the host that is called in two ways.
+    #[error("--device: give either path= or fd=")]
+    PathAndDescriptor,
+    /// A descriptor that is two things.
+    #[error("--device, --platform: descriptor {0} is given twice")]
+    SameDescriptor(std::os::fd::RawFd),
+    /// A device's descriptor without an iommufd.
+    #[error("--device: fd= of {0} needs the iommufd, too: --platform iommufd_fd=N")]
+    NoIommufd(String),
     /// A way to connect the serial port that there is not.
     #[error("--serial: `{0}` is none of tty, off, file=PATH and socket=PATH")]
     Serial(String),
@@ -67,7 +80,11 @@ pub struct VmConfig {
     pub memory: MemoryConfig,
     /// Its serial port.
     pub serial: SerialConfig,
-    /// Its vfio-user devices, in the order of their places on the bus.
+    /// The host's devices that it has, in the order of their places on the bus.
+    pub devices: Vec<HostDeviceConfig>,
+    /// How these get at guest memory.
+    pub iommufd: IommufdConfig,
+    /// Its vfio-user devices, which come behind them.
     pub user_devices: Vec<UserDeviceConfig>,
 }
 
@@ -106,15 +123,6 @@ pub enum SerialConfig {
     Socket(PathBuf),
 }
 
-/// A vfio-user device.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct UserDeviceConfig {
-    /// The name by which it is spoken of.
-    pub id: String,
-    /// The socket that its server listens on.
-    pub socket: PathBuf,
-}
-
 impl VmConfig {
     /// Checks what can be checked without a host.
     pub fn validate(&self) -> Result<(), ConfigError> {
@@ -122,18 +130,38 @@ impl VmConfig {
         if !(1..=MAX_VCPUS).contains(&self.vcpus) {
             return Err(ConfigError::Vcpus(self.vcpus));
         }
-        if self.user_devices.len() > MAX_DEVICES {
-            return Err(ConfigError::TooManyDevices(self.user_devices.len()));
+        let count = self.devices.len() + self.user_devices.len();
+        if count > MAX_DEVICES {
+            return Err(ConfigError::TooManyDevices(count));
         }
+        let (host, user) = (&self.devices, &self.user_devices);
+        let all = host.iter().map(|device| &device.id);
+        let mut all = all.chain(user.iter().map(|device| &device.id));
         let mut ids = BTreeSet::new();
-        match self
-            .user_devices
-            .iter()
-            .find(|device| !ids.insert(&device.id))
-        {
-            Some(device) => Err(ConfigError::SameId(device.id.clone())),
-            None => Ok(()),
+        if let Some(id) = all.find(|id| !ids.insert(*id)) {
+            return Err(ConfigError::SameId(id.clone()));
         }
+        self.validate_descriptors()
+    }
+
+    /// Whoever takes a descriptor owns it, so it can be named once.
+    fn validate_descriptors(&self) -> Result<(), ConfigError> {
+        let mut taken = BTreeSet::new();
+        if let IommufdConfig::Descriptor(fd) = self.iommufd {
+            taken.insert(fd);
+        }
+        for device in &self.devices {
+            let HostDeviceSource::Descriptor(fd) = device.source else {
+                continue;
+            };
+            if taken.is_empty() {
+                return Err(ConfigError::NoIommufd(device.id.clone()));
+            }
+            if !taken.insert(fd) {
+                return Err(ConfigError::SameDescriptor(fd));
+            }
+        }
+        Ok(())
     }
 }
 
@@ -219,24 +247,6 @@ impl SerialConfig {
     }
 }
 
-impl UserDeviceConfig {
-    /// Parses `socket=PATH,id=NAME`. A device without a name is called after its place among the others.
-    pub fn parse(text: &str, place: usize) -> Result<Self, ConfigError> {
-        let error = |source| ConfigError::Option {
-            flag: "--user-device",
-            source,
-        };
-        let mut options = Options::parse(text, &["socket", "id"]).map_err(error)?;
-        let socket = options.path("socket").map_err(error)?;
-        Ok(Self {
-            id: options
-                .string("id")
-                .unwrap_or_else(|| format!("user-device{place}")),
-            socket: socket.ok_or_else(|| error(OptionError::Missing("socket")))?,
-        })
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -251,6 +261,8 @@ mod tests {
             vcpus: 1,
             memory: MemoryConfig::default(),
             serial: SerialConfig::Off,
+            devices: Vec::new(),
+            iommufd: IommufdConfig::Auto,
             user_devices: Vec::new(),
         }
     }
@@ -312,8 +324,41 @@ mod tests {
         assert_eq!(devices(twice), Err(ConfigError::SameId("d".into())));
         let many = (0..32).map(|place| device("socket=/a", place)).collect();
         assert_eq!(devices(many), Err(ConfigError::TooManyDevices(32)));
+        let given = |id: &str, fd| HostDeviceConfig {
+            id: id.to_owned(),
+            source: HostDeviceSource::Descriptor(fd),
+        };
+        let mixed = VmConfig {
+            devices: vec![given("d", 7)],
+            user_devices: vec![device("socket=/a,id=d", 0)],
+            ..config()
+        };
+        assert_eq!(mixed.validate(), Err(ConfigError::SameId("d".into())));
         assert!(UserDeviceConfig::parse("id=d", 0).is_err());
         assert!(UserDeviceConfig::parse("socket=", 0).is_err());
+    }
+
+    #[test]
+    fn descriptors_are_named_once_and_with_an_iommufd() {
+        let given = |id: &str, fd| HostDeviceConfig {
+            id: id.to_owned(),
+            source: HostDeviceSource::Descriptor(fd),
+        };
+        let devices = vec![given("a", 7), given("b", 8)];
+        let with = |iommufd| {
+            let devices = devices.clone();
+            VmConfig {
+                devices,
+                iommufd,
+                ..config()
+            }
+            .validate()
+        };
+        let alone = with(IommufdConfig::Auto);
+        assert_eq!(alone, Err(ConfigError::NoIommufd("a".into())));
+        let twice = with(IommufdConfig::Descriptor(8));
+        assert_eq!(twice, Err(ConfigError::SameDescriptor(8)));
+        assert_eq!(with(IommufdConfig::Descriptor(9)), Ok(()));
     }
 
     #[test]
