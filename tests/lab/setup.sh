@@ -7,6 +7,7 @@ PATH=$PATH:/usr/sbin:/sbin # depmod and modprobe, for ordinary users
 here=$(cd "$(dirname "$0")" && pwd)
 checkout=$(cd "$here/../.." && pwd)
 lab=$checkout/target/lab
+source "$here/debian.sh"
 
 packages=(
     qemu-system-x86 # the lab itself
@@ -14,43 +15,8 @@ packages=(
     cpio            # packs them
     kmod            # depmod, modprobe
     xz-utils zstd   # kernel modules and kernels come compressed
+    make gcc        # build a kernel module
 )
-
-say() { printf 'lab setup: %s\n' "$*"; }
-
-die() {
-    say "$*" >&2
-    exit 1
-}
-
-as_root() {
-    if [ "$(id -u)" = 0 ]; then "$@"; else sudo "$@"; fi
-}
-
-# Refreshes the package lists, at most once in a run.
-update_lists() {
-    [ -z "${lists_updated:-}" ] || return 0
-    lists_updated=yes
-    say "refreshing the package lists"
-    as_root apt-get -qq -o DPkg::Lock::Timeout=300 update </dev/null
-}
-
-install_packages() {
-    local missing=() package
-    for package in "${packages[@]}"; do
-        [ "$(dpkg-query -W -f '${db:Status-Status}' "$package" 2>/dev/null)" = installed ] || missing+=("$package")
-    done
-    [ ${#missing[@]} -gt 0 ] || return 0
-    update_lists
-    say "installing ${missing[*]}"
-    as_root env DEBIAN_FRONTEND=noninteractive apt-get -qq -y -o DPkg::Lock::Timeout=300 \
-        install --no-install-recommends "${missing[@]}" </dev/null
-}
-
-# The package behind metapackage $1; nothing when the package lists don't know it.
-newest() { apt-cache depends "$1" 2>/dev/null | sed -n 's/^ *Depends: \(linux-image-.*\)$/\1/p' | head -n 1; }
-
-download() { (cd "$2" && apt-get -qq -o APT::Sandbox::User=root download "$(newest "$1")" </dev/null); }
 
 # Unpacks the newest kernel of metapackage $2 into kernels/$1, without installing it.
 unpack_kernel() {
@@ -58,21 +24,16 @@ unpack_kernel() {
     [ ! -e "$root" ] || return 0
     [ -n "$(newest "$meta")" ] || update_lists
     [ -n "$(newest "$meta")" ] || die "no package $meta; the lab wants Debian 12 with its security updates"
-    say "fetching $(newest "$meta")"
     rm -rf "$new"
     mkdir -p "$new"
-    download "$meta" "$new" || {
-        update_lists # they may be too old to name a package that still exists
-        download "$meta" "$new"
-    }
+    # Newer lists may name another.
+    download "$new" "$(newest "$meta")" || download "$new" "$(newest "$meta")"
     dpkg -x "$new"/*.deb "$new"
     rm "$new"/*.deb
     depmod -b "$new" "$(version "$new")"
     (cd "$new" && ln -s boot/vmlinuz-* vmlinuz)
     mv "$new" "$root"
 }
-
-version() { basename "$1"/lib/modules/*; }
 
 # Takes the ELF kernel out of bzImage $1, whose payload is zstd. The header fields are those of the Linux x86 boot
 # protocol; the payload's last four bytes are its uncompressed length, added by the kernel's build.
@@ -125,17 +86,18 @@ guest_program() {
         -- -C target-feature=+crt-static)
 }
 
+# The initramfs for guests with kernel $1, with the modules $2... besides those that all guests need.
 guest_image() {
     local image=$lab/images/initramfs-$1.cpio program=$lab/cargo/release/guest
     [ "$program" -nt "$image" ] || [ "$here/guest-init" -nt "$image" ] || [ "$here/setup.sh" -nt "$image" ] || return 0
-    stage "$image.tree" "$here/guest-init" "$lab/kernels/$1" uio_pci_generic button evdev
+    stage "$image.tree" "$here/guest-init" "$lab/kernels/$1" uio_pci_generic button evdev "${@:2}"
     cp "$program" "$image.tree/bin/guest"
     pack "$image.tree" "$image"
 }
 
-install_packages
+install_packages "${packages[@]}"
 mkdir -p "$lab/images" "$lab/logs"
-unpack_kernel host linux-image-6.12-amd64 # runs the lab: KVM, VFIO and IOMMU drivers as modules
+unpack_kernel host linux-image-6.12-amd64 # runs the lab, and guests with devices that the others have no driver for
 unpack_kernel 6.12 linux-image-6.12-cloud-amd64
 unpack_kernel 6.1 linux-image-cloud-amd64
 if [ ! -e "$lab/images/vmlinux-6.12" ]; then
@@ -146,3 +108,4 @@ host_image
 guest_program
 guest_image 6.12
 guest_image 6.1
+guest_image host nvme ext4 e1000e # the cloud kernels have no e1000e
