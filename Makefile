@@ -28,6 +28,7 @@ unit: ## Runs the tests that need no Linux guest
 	    "/dev/kvm cannot be opened for reading and writing"
 
 lab: programs ## Runs the cases that boot Linux guests
+	@tests/lab/mtty.sh
 	@tests/lab/run.sh $(LAB_DEADLINE) $(RELEASE)/lab-cases $(CASES)
 
 setup: ## Fetches what the lab needs: packages, kernels, initramfs images

@@ -10,7 +10,8 @@ set -euo pipefail
 
 deadline=$1
 shift
-lab=$(cd "$(dirname "$0")/../.." && pwd)/target/lab
+here=$(cd "$(dirname "$0")" && pwd)
+lab=$(cd "$here/../.." && pwd)/target/lab
 logs=$lab/logs
 memory=${LAB_MEMORY:-6G}
 
@@ -20,7 +21,8 @@ flock -n "$lock" || {
     echo "lab: waiting for another run to end" >&2
     flock "$lock"
 }
-rm -f "$logs"/*
+rm -f "$logs"/* "$lab/nvme.img"
+truncate -s 64M "$lab/nvme.img"
 {
     printf 'touch %q\n' "$logs/started"
     printf 'modprobe -a kvm_amd\n'
@@ -42,18 +44,24 @@ trap 'exit 143' TERM HUP
 
 # One CPU and one emulation thread: with more, a kernel that patches its own code races with the emulation and about
 # one boot in twenty dies. XSAVE and AVX are hidden because the emulated CPU's sizes for them are inconsistent.
+# The second port of the virtio-serial device is QEMU's own monitor, over a socket from QEMU to itself.
 boot() {
     rm -f "$logs/started"
+    local monitor=lab-monitor-$$,abstract=on
     timeout --kill-after=10 "$deadline" qemu-system-x86_64 \
         -nodefaults -no-user-config -display none -no-reboot \
         -machine q35,kernel-irqchip=split -accel tcg,thread=single -smp 1 -m "$memory" \
         -cpu EPYC,+svm,+npt,check=off,-xsave,-avx,-avx2,-fma,-f16c \
         -kernel "$lab/kernels/host/vmlinuz" -initrd "$lab/images/host.cpio" \
-        -append "console=ttyS0 panic=-1 mitigations=off lab_logs=$logs" \
+        -append "console=ttyS0 panic=-1 mitigations=off intel_iommu=on lab_logs=$logs" \
+        -device intel-iommu,intremap=on,caching-mode=on \
+        -drive "file=$lab/nvme.img,if=none,id=nvme,format=raw" -readconfig "$here/devices.cfg" \
         -virtfs local,path=/,mount_tag=host,security_model=none,readonly=on,multidevs=remap \
         -virtfs local,path="$logs",mount_tag=logs,security_model=none \
         -device virtio-serial \
         -chardev file,id=output,path=/dev/stdout,append=on -device virtserialport,chardev=output \
+        -chardev "socket,id=monitor,server=on,wait=off,path=$monitor" -mon chardev=monitor,mode=control \
+        -chardev "socket,id=port,path=$monitor" -device virtserialport,chardev=port \
         -serial "file:$logs/console.log" -device isa-debug-exit,iobase=0xf4,iosize=1 \
         </dev/null >&"$output" &
     qemu=$!
