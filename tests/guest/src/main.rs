@@ -1,7 +1,8 @@
 //! What a test guest runs: shows the devices that it finds, checks them, and prints what a test reads:
 //!
 //! * `FACT name value`: something that the test knows better than the guest what to think of;
-//! * `RESULT N.check ok` or `RESULT N.check FAILED why`, for check `check` of device `N`;
+//! * `RESULT N.check ok` or `RESULT N.check FAILED why`, for check `check` of test device `N`;
+//! * the same for devices that the host has given to the guest, with the device's address for `N`;
 //! * `GUEST DONE`, the last line.
 //!
 //! With the argument `work` it does what [`work`] says instead.
@@ -12,6 +13,7 @@ mod checks;
 mod dma;
 mod interrupts;
 mod mapping;
+mod passthrough;
 mod pci;
 mod work;
 
@@ -43,6 +45,7 @@ fn main() -> Result<()> {
             }
         }
     }
+    passthrough::run(selected)?;
     println!("GUEST DONE");
     Ok(())
 }

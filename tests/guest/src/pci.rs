@@ -1,4 +1,4 @@
-//! The test device in sysfs: its config space and its BARs.
+//! A device in sysfs: its config space and its BARs.
 
 use std::fs::{self, File, OpenOptions};
 use std::os::unix::fs::FileExt;
@@ -65,7 +65,7 @@ impl Bar {
     }
 }
 
-/// A test device, open for everything.
+/// A device, open for everything.
 #[derive(Debug)]
 pub(crate) struct Device {
     /// The address on the bus, such as 0000:00:01.0.
@@ -77,10 +77,15 @@ pub(crate) struct Device {
 impl Device {
     /// The test devices of this machine, in bus order.
     pub(crate) fn all() -> Result<Vec<Self>> {
+        Self::with_ids((VENDOR, DEVICE))
+    }
+
+    /// The devices with a vendor id and a device id, in bus order.
+    pub(crate) fn with_ids(ids: (u16, u16)) -> Result<Vec<Self>> {
         let mut folders = Vec::new();
         for entry in fs::read_dir("/sys/bus/pci/devices")? {
             let folder = entry?.path();
-            if id(&folder, "vendor")? == VENDOR && id(&folder, "device")? == DEVICE {
+            if (id(&folder, "vendor")?, id(&folder, "device")?) == ids {
                 folders.push(folder);
             }
         }
@@ -103,6 +108,11 @@ impl Device {
             folder,
             config,
         })
+    }
+
+    /// Something in the device's folder in sysfs.
+    pub(crate) fn sysfs(&self, name: &str) -> PathBuf {
+        self.folder.join(name)
     }
 
     /// Bytes of config space.
