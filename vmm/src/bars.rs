@@ -244,19 +244,20 @@ impl HostMemory for DeviceMemory {
         self.mapping.size() as u64
     }
 
-    fn is_truncated(&self) -> bool {
-        let Some(file) = self.mapping.file_offset() else {
-            return false;
-        };
-        // Only a regular file has a length.
-        let metadata = file.file().metadata();
-        metadata
-            .is_ok_and(|metadata| metadata.is_file() && metadata.len() < file.start() + self.size())
+    fn why_missing(&self, touched: bool) -> Option<&'static str> {
+        let file = self.mapping.file_offset()?;
+        let metadata = file.file().metadata().ok()?;
+        if !metadata.is_file() {
+            // A device of the host, which has been switched off under the guest.
+            return touched.then_some("its memory does not answer");
+        }
+        let is_truncated = metadata.len() < file.start() + self.size();
+        is_truncated.then_some("the file behind its memory was truncated")
     }
 
-    fn lose(&self) {
+    fn lose(&self, why: &'static str) {
         if let Some(endpoint) = self.endpoint.upgrade() {
-            endpoint.give_up(&"the file behind its memory was truncated");
+            endpoint.give_up(&why);
         }
     }
 }

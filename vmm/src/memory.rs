@@ -126,12 +126,12 @@ impl HostMemory for RamRegion {
         self.len()
     }
 
-    /// Never: its file is sealed against that.
-    fn is_truncated(&self) -> bool {
-        false
+    /// It is always there: its file is sealed.
+    fn why_missing(&self, _: bool) -> Option<&'static str> {
+        None
     }
 
-    fn lose(&self) {}
+    fn lose(&self, _: &'static str) {}
 }
 
 /// Guest RAM as a device reaches it that does not map it.

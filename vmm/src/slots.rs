@@ -39,11 +39,12 @@ pub(crate) trait HostMemory: Send + Sync {
     /// Its length in bytes.
     fn size(&self) -> u64;
 
-    /// Whether somebody has made its file shorter, so that touching it is an error.
-    fn is_truncated(&self) -> bool;
+    /// Why there is nothing any more where the guest has memory, if so. `touched` tells that this is where it ran into
+    /// an error.
+    fn why_missing(&self, touched: bool) -> Option<&'static str>;
 
-    /// The guest has lost the memory for that reason.
-    fn lose(&self);
+    /// The guest has lost the memory for this reason.
+    fn lose(&self, why: &'static str);
 }
 
 /// All memory slots of a VM.
@@ -111,23 +112,26 @@ impl Slots {
         Ok(slot)
     }
 
-    /// Takes memory away from the guest whose file somebody has truncated: touching it is an error that no guest can
-    /// be blamed for. Says how many slots those were; from now on the guest's accesses there exit to the VMM.
-    pub(crate) fn remove_truncated(&self) -> usize {
+    /// Takes memory away from the guest that is not there any more, since somebody has truncated its file or a device
+    /// does not answer: touching it is an error that no guest can be blamed for. `touched` is where that happened, if
+    /// KVM says. Says how many slots those were; from now on the guest's accesses there exit to the VMM.
+    pub(crate) fn remove_missing(&self, touched: Option<u64>) -> usize {
+        let mut missing = Vec::new();
         let mut state = self.shared.state();
-        let truncated: Vec<_> = state
-            .used
-            .extract_if(.., |_, mapping| mapping.memory.is_truncated())
-            .collect();
-        for (id, mapping) in &truncated {
-            mapping.unset(&self.shared.vm, *id);
-        }
+        state.used.retain(|&id, mapping| {
+            let Some(why) = mapping.why_missing(touched) else {
+                return true;
+            };
+            mapping.unset(&self.shared.vm, id);
+            missing.push((mapping.memory.clone(), why));
+            false
+        });
         // Whose memory it was takes its other slots away.
         drop(state);
-        for (_, mapping) in &truncated {
-            mapping.memory.lose();
+        for (memory, why) in &missing {
+            memory.lose(why);
         }
-        truncated.len()
+        missing.len()
     }
 }
 
@@ -149,6 +153,12 @@ impl Mapping {
         // SAFETY: `size` is 0, which removes the slot, or the length of a mapping that `self.memory` keeps alive; and
         // `self` is dropped after `unset` only.
         unsafe { vm.set_user_memory_region(region) }
+    }
+
+    fn why_missing(&self, touched: Option<u64>) -> Option<&'static str> {
+        let offset = touched.and_then(|touched| touched.checked_sub(self.address));
+        let is_touched = offset.is_some_and(|offset| offset < self.memory.size());
+        self.memory.why_missing(is_touched)
     }
 
     fn unset(&self, vm: &VmFd, id: u32) {

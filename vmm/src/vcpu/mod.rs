@@ -11,8 +11,8 @@ use std::ptr;
 use std::sync::Arc;
 
 use kvm_bindings::{
-    KVM_EXIT_FAIL_ENTRY, KVM_EXIT_INTERNAL_ERROR, KVM_EXIT_IO, KVM_EXIT_IO_IN, KVM_EXIT_MMIO,
-    KVM_EXIT_SHUTDOWN, KVM_INTERNAL_ERROR_EMULATION,
+    KVM_EXIT_FAIL_ENTRY, KVM_EXIT_INTERNAL_ERROR, KVM_EXIT_IO, KVM_EXIT_IO_IN,
+    KVM_EXIT_MEMORY_FAULT, KVM_EXIT_MMIO, KVM_EXIT_SHUTDOWN, KVM_INTERNAL_ERROR_EMULATION,
     KVM_INTERNAL_ERROR_EMULATION_FLAG_INSTRUCTION_BYTES,
 };
 use kvm_ioctls::{Kvm, VcpuFd, VmFd};
@@ -152,16 +152,27 @@ impl Vcpu {
         }
     }
 
-    /// A guest that touches memory which a device server has truncated goes on without it.
+    /// A guest that touches memory of a device's that is not there any more goes on without the device.
     fn recover(&mut self, error: kvm_ioctls::Error) -> Next {
         if error.errno() == libc::EFAULT {
-            let removed = self.context.slots.remove_truncated() > 0;
+            let touched = self.touched();
+            let removed = self.context.slots.remove_missing(touched) > 0;
             if removed || !self.faulted {
                 self.faulted = true;
                 return Next::Run;
             }
         }
         self.fail(format!("KVM_RUN failed: {error}"))
+    }
+
+    /// Where the guest touched what KVM could not reach, if KVM says (it does since Linux 6.8).
+    fn touched(&mut self) -> Option<u64> {
+        let run = self.fd.get_kvm_run();
+        if run.exit_reason != KVM_EXIT_MEMORY_FAULT {
+            return None;
+        }
+        // SAFETY: the exit reason says that this is the union's field.
+        Some(unsafe { run.__bindgen_anon_1.memory_fault.gpa })
     }
 
     /// Completes an access that the guest has left off in the middle of, so that its effect is in the vCPU's state.
