@@ -88,8 +88,12 @@ pub(super) fn unbind(
                     .display()
             );
         }
-        let already = if steps.is_empty() { " already" } else { "" };
-        writeln!(out, "{name} is with {now}{already}")?;
+        let note = match driver {
+            None => ": none that is loaded fits",
+            Some(_) if steps.is_empty() => " already",
+            Some(_) => "",
+        };
+        writeln!(out, "{name} is with {now}{note}")?;
     }
     Ok(())
 }

@@ -5,6 +5,7 @@ mod endings;
 mod no_kvm;
 mod serial;
 mod servers;
+mod vfio_command;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -27,6 +28,8 @@ fn main() -> ExitCode {
     let options = Options::parse();
     let mut suite = Suite::new(Images::new(options.lab), options.names);
     suite.run("no-kvm", no_kvm::refused);
+    suite.run("vfio-there-and-back", vfio_command::there_and_back);
+    suite.run("vfio-shared-group", vfio_command::shared_group);
     suite.run("truncated-bar", servers::truncated_bar);
     suite.run("foreign-device", servers::foreign_device);
     suite.run("killed-and-stopped", servers::killed_and_stopped);
