@@ -2,11 +2,15 @@
 //! suite that runs the cases. Nothing in here sleeps for a fixed time: a test waits for an event, up to a deadline.
 
 mod case;
+mod host;
+mod monitor;
 mod process;
 mod report;
 mod suite;
 
 pub use self::case::{BOOT, Case, Images, SOON, user_device};
+pub use self::host::{HostDevice, Mtty, join_wire};
+pub use self::monitor::Monitor;
 pub use self::process::{Exit, Line, Process, Stream};
 pub use self::report::Report;
 pub use self::suite::Suite;

@@ -78,4 +78,27 @@ impl Report {
         }
         Ok(())
     }
+
+    /// Whether so many of the devices that the host has given to the guest have passed each of these checks.
+    ///
+    /// # Errors
+    /// When not, with what the guest says about it.
+    pub fn passed(&self, devices: usize, checks: &[&str]) -> Result<()> {
+        for check in checks {
+            let part = format!(".{check} ");
+            let results = self
+                .lines
+                .iter()
+                .filter_map(|line| line.text.strip_prefix("RESULT "))
+                .filter(|result| result.contains(&part));
+            let (good, bad): (Vec<_>, Vec<_>) = results.partition(|result| result.ends_with(" ok"));
+            ensure!(bad.is_empty(), "{}", bad.join("; "));
+            ensure!(
+                good.len() == devices,
+                "{check} was done with {} devices and not with {devices}",
+                good.len()
+            );
+        }
+        Ok(())
+    }
 }

@@ -3,6 +3,7 @@
 mod boot;
 mod endings;
 mod no_kvm;
+mod passthrough;
 mod serial;
 mod servers;
 mod vfio_command;
@@ -47,5 +48,6 @@ fn main() -> ExitCode {
     suite.run("terminal-poweroff", serial::terminal_poweroff);
     suite.run("terminal-sigterm", serial::terminal_sigterm);
     suite.run("terminal-escape", serial::terminal_escape);
+    suite.run("passthrough-all", passthrough::all_kinds);
     suite.close()
 }
