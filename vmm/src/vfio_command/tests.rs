@@ -49,17 +49,17 @@ fn the_list_is_a_table() {
         .group(6);
     host.mdev(UUID)
         .group_of_vfio(13)
-        .driver("vfio_mtty")
+        .driver("mtty")
         .vfio_dev("vfio0", None);
     let sysfs = Sysfs::at(host.root());
     assert_eq!(
         list::table(&sysfs, false).unwrap(),
         "\
-DEVICE                                IDS        CLASS         GROUP  DRIVER     PASSTHROUGH
-0000:01:00.0                          8086:10d3  network       6      e1000e     no: it is bound to the host's driver e1000e
-0000:01:00.1                          1b36:0010  storage       12     vfio-pci   yes
-0000:02:00.0                          1234:11e8  unclassified  6      -          no: it is bound to no driver
-83b8f4f2-509f-382f-3c1e-e6bfe0fa1001  -          mtty-1        13     vfio_mtty  yes
+DEVICE                                IDS        CLASS         GROUP  DRIVER    PASSTHROUGH
+0000:01:00.0                          8086:10d3  network       6      e1000e    no: it is bound to the host's driver e1000e
+0000:01:00.1                          1b36:0010  storage       12     vfio-pci  yes
+0000:02:00.0                          1234:11e8  unclassified  6      -         no: it is bound to no driver
+83b8f4f2-509f-382f-3c1e-e6bfe0fa1001  -          mtty-1        13     mtty      yes
 "
     );
     let all = list::table(&sysfs, true).unwrap();
@@ -182,7 +182,7 @@ fn devices_that_would_be_lost_are_refused_before_any_is_touched() {
         .group(8)
         .file("sriov_numvfs", "2\n");
     host.pci("0000:04:00.0", (0x8086, 0x10d3), 0x020000);
-    host.mdev(UUID).group_of_vfio(9).driver("vfio_mtty");
+    host.mdev(UUID).group_of_vfio(9).driver("mtty");
     for (name, parts) in [
         ("0000:00:1c.0", ["0000:00:1c.0", "bridge"]),
         (
