@@ -26,6 +26,9 @@ use crate::link::{CallError, Link};
 ///
 /// [`read`](Self::read) and [`write`](Self::write) reach all of it, also what the client gives access to by messages
 /// alone. [`view`](Self::view) is for those who want the part that is mapped into this process through `vm-memory`.
+///
+/// Not every client answers such messages while it waits for the device, and QEMU is one that does not. A device that is
+/// to work there, in a guest whose memory is not shared, does its transfers in a thread of its own.
 #[derive(Clone, Debug)]
 pub struct Memory(Arc<Shared>);
 

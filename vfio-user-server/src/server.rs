@@ -44,6 +44,9 @@ pub struct Options {
     /// this option, a client is trusted not to do that, and not to send a file of a file system that does not answer.
     pub sealed_memory: bool,
     /// How long the client may take for an access to memory by a message.
+    ///
+    /// QEMU answers none while it waits for an answer itself, and after 5 seconds of that it never speaks to the device
+    /// again. So this is less: a device that reaches such memory from the middle of an access fails, but stays.
     pub memory_deadline: Duration,
     /// How long the client may leave what it is sent unread before it is dropped.
     pub send_deadline: Duration,
@@ -57,7 +60,7 @@ impl Default for Options {
     fn default() -> Self {
         Self {
             sealed_memory: false,
-            memory_deadline: Duration::from_secs(5),
+            memory_deadline: Duration::from_secs(3),
             send_deadline: Duration::from_secs(10),
             unmap_deadline: Duration::from_secs(5),
             max_mappings: 1024,
