@@ -11,7 +11,7 @@ SKIPPED := $(CURDIR)/target/skipped-tests
 RELEASE := target/release
 PROGRAMS := --package vmm --bin outrigger --package tests --bin lab-cases --bin bench
 
-.PHONY: help demo test unit lab setup programs bench lint clean
+.PHONY: help demo test unit lab peer setup programs bench lint clean
 
 help: ## Shows this list
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1\t\2/p' $(MAKEFILE_LIST)
@@ -19,7 +19,7 @@ help: ## Shows this list
 demo: programs ## Boots a stock Debian kernel with a vfio-user device and shows the guest using it
 	@tests/lab/demo.sh
 
-test: unit lab ## Runs every test: unit, property, tiny guests on /dev/kvm, and Linux guests in the lab
+test: unit lab peer ## Runs every test: unit, property, tiny guests on /dev/kvm, and Linux guests in the lab and in QEMU
 
 unit: ## Runs the tests that need no Linux guest
 	@mkdir -p target && : >$(SKIPPED)
@@ -30,6 +30,13 @@ unit: ## Runs the tests that need no Linux guest
 lab: programs ## Runs the cases that boot Linux guests
 	@tests/lab/mtty.sh
 	@tests/lab/run.sh $(LAB_DEADLINE) $(RELEASE)/lab-cases $(CASES)
+
+peer: setup ## Boots Linux guests with the demo device in QEMU 11.1, a vfio-user client that nobody here wrote
+	@if tests/lab/qemu-peer.sh; then \
+	    $(CARGO) test --package tests --test qemu_client --locked -- --ignored; \
+	else \
+	    echo "SKIPPED: the demo device in QEMU 11.1, which cannot be fetched"; \
+	fi
 
 setup: ## Fetches what the lab needs: packages, kernels, initramfs images
 	@tests/lab/setup.sh

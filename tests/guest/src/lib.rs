@@ -42,9 +42,10 @@ pub const DMA_ADDRESS: u64 = 0x18;
 pub const DMA_LENGTH: u64 = 0x20;
 /// Where the [`pattern`] of a [`DMA_WRITE`] starts.
 pub const DMA_SEED: u64 = 0x24;
-/// Write [`DMA_WRITE`] or [`DMA_READ`]: do the transfer, which is finished when the write is.
+/// Write [`DMA_WRITE`] or [`DMA_READ`]: do the transfer, which is finished when the write is. With [`DMA_LATER`] it is
+/// not, and goes on beside what the guest does.
 pub const DMA_COMMAND: u64 = 0x28;
-/// 0 when the last transfer went well, 1 when not.
+/// 0 when the last transfer went well, 1 when not, [`DMA_BUSY`] when it is not finished.
 pub const DMA_STATUS: u64 = 0x2c;
 /// The [`checksum`] of what the last [`DMA_READ`] read.
 pub const DMA_SUM: u64 = 0x30;
@@ -64,6 +65,10 @@ pub const RUNG: u64 = 0x80;
 pub const DMA_WRITE: u32 = 1;
 /// [`DMA_COMMAND`]: read guest memory.
 pub const DMA_READ: u32 = 2;
+/// [`DMA_COMMAND`], with one of the others: don't let the guest wait.
+pub const DMA_LATER: u32 = 1 << 8;
+/// [`DMA_STATUS`]: not finished.
+pub const DMA_BUSY: u32 = 2;
 /// Longest transfer in bytes.
 pub const DMA_MAX: u32 = 1 << 20;
 

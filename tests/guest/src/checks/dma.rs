@@ -2,24 +2,38 @@
 
 use anyhow::{Context, Result, ensure};
 use guest::{
-    DMA_ADDRESS, DMA_COMMAND, DMA_LENGTH, DMA_READ, DMA_SEED, DMA_STATUS, DMA_SUM, DMA_WRITE,
-    checksum, pattern,
+    DMA_ADDRESS, DMA_BUSY, DMA_COMMAND, DMA_LATER, DMA_LENGTH, DMA_READ, DMA_SEED, DMA_STATUS,
+    DMA_SUM, DMA_WRITE, checksum, pattern,
 };
 
 use super::at;
 use crate::dma::{Buffer, PAGE};
+use crate::interrupts::wait_for;
 use crate::pci::{Device, regs};
 
 /// The device writes and reads guest memory, wherever it is.
 pub(super) fn transfers(device: &Device) -> Result<()> {
+    all(device, 0)
+}
+
+/// The same, beside what the guest does.
+pub(super) fn later(device: &Device) -> Result<()> {
+    all(device, DMA_LATER)
+}
+
+fn all(device: &Device, when: u32) -> Result<()> {
     device.command(regs::COMMAND_MEMORY | regs::COMMAND_MASTER, 0)?;
     let registers = device.map(0)?;
     let transfer = |command: u32, address: u64, length: usize, seed: u32| -> Result<bool> {
         registers.write(at(DMA_ADDRESS), address);
         registers.write(at(DMA_LENGTH), u32::try_from(length)?);
         registers.write(at(DMA_SEED), seed);
-        registers.write(at(DMA_COMMAND), command);
-        Ok(registers.read::<u32>(at(DMA_STATUS)) == 0)
+        registers.write(at(DMA_COMMAND), command | when);
+        let status = || registers.read::<u32>(at(DMA_STATUS));
+        if when == DMA_LATER {
+            wait_for("a transfer", || Ok(status() != DMA_BUSY))?;
+        }
+        Ok(status() == 0)
     };
     let bytes = |seed: u32, len: usize| {
         (0..)

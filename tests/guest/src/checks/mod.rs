@@ -21,7 +21,7 @@ pub(crate) struct Check {
 }
 
 /// Every check, in the order in which they run.
-pub(crate) const ALL: [Check; 13] = [
+pub(crate) const ALL: [Check; 14] = [
     check("config", config::header),
     check("capabilities", config::capabilities),
     check("bars", config::bars),
@@ -30,6 +30,7 @@ pub(crate) const ALL: [Check; 13] = [
     check("io", bars::io),
     check("decode", bars::decode),
     check("dma", dma::transfers),
+    check("dma-later", dma::later),
     check("msix", msix::vectors),
     check("msix-mask", msix::masks),
     check("doorbells", doorbells::rung),
