@@ -31,7 +31,7 @@ const ROOMS: &[(&str, &[&str])] = &[
     ("vfio-user-client", &["vfio-user-protocol"]),
     ("vfio-user-server", &["vfio-user-protocol"]),
     ("device-servers", &["vfio-user-server"]),
-    ("devices", &["pci", "vfio-user-client"]),
+    ("devices", &["pci", "vfio-user-client", "vfio-bindings"]),
     (
         "vmm",
         &[

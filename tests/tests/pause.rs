@@ -14,7 +14,8 @@ use tests::outrigger::has_kvm;
 use tests::tiny::{self, Code, FIRST_DEVICE, SCRATCH};
 use vfio_user_server::{Bar, Description, Device};
 use vmm::{
-    Ending, MemoryConfig, PayloadConfig, SerialConfig, UserDeviceConfig, Vcpus, Vm, VmConfig,
+    Ending, IommufdConfig, MemoryConfig, PayloadConfig, SerialConfig, UserDeviceConfig, Vcpus, Vm,
+    VmConfig,
 };
 
 /// A device whose memory BAR reads as a pattern and whose I/O BAR counts up, and that pauses the guest while it answers
@@ -89,6 +90,8 @@ fn pause_and_resume(kernel: &Path, pause_at: u32) -> (String, u32, u32) {
             prefault: false,
         },
         serial: SerialConfig::File(output.clone()),
+        devices: Vec::new(),
+        iommufd: IommufdConfig::Auto,
         user_devices: vec![UserDeviceConfig {
             id: "pauser".into(),
             socket: server.socket().to_owned(),

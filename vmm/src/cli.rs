@@ -72,7 +72,7 @@ pub(crate) struct Cli {
     pub(crate) no_reboot: bool,
 
     /// Say more: once for what happens, twice for details, three times for every access
-    #[arg(short, action = ArgAction::Count)]
+    #[arg(short, global = true, action = ArgAction::Count)]
     verbose: u8,
 }
 

@@ -4,6 +4,7 @@
     reason = "descriptors that the process was started with have only numbers"
 )]
 
+use std::collections::BTreeSet;
 use std::io;
 use std::os::fd::{FromRawFd, OwnedFd, RawFd};
 use std::sync::Arc;
@@ -39,6 +40,9 @@ pub enum HostDeviceError {
         #[source]
         source: NotReady,
     },
+    /// It is given twice.
+    #[error("--device: {0} is given twice")]
+    Twice(String),
     /// It cannot be opened.
     #[error("--device: cannot open {id}")]
     Open {
@@ -78,6 +82,11 @@ pub(crate) fn open(
     }
     // What can be told without opening anything is told first.
     let found = devices.iter().map(find).collect::<Result<Vec<_>, _>>()?;
+    let mut names = BTreeSet::new();
+    let is_known = |found: &&Found| !names.insert(found.name.clone());
+    if let Some(twice) = found.iter().flatten().find(is_known) {
+        return Err(HostDeviceError::Twice(twice.name.clone()));
+    }
     let kvm = Arc::new(KvmVfio::new(vm).map_err(HostDeviceError::Kvm)?);
     let space = Space::new(iommufd, &found, kvm).map_err(HostDeviceError::AddressSpace)?;
     let mut open = Vec::with_capacity(devices.len());

@@ -1,5 +1,6 @@
 //! The cases that need real kernels. Runs inside the lab; `tests/lab/README.md` says how to add one.
 
+mod backend;
 mod boot;
 mod endings;
 mod no_kvm;
@@ -31,6 +32,7 @@ fn main() -> ExitCode {
     suite.run("no-kvm", no_kvm::refused);
     suite.run("vfio-there-and-back", vfio_command::there_and_back);
     suite.run("vfio-shared-group", vfio_command::shared_group);
+    suite.run("backend-contract", backend::contract);
     suite.run("truncated-bar", servers::truncated_bar);
     suite.run("foreign-device", servers::foreign_device);
     suite.run("killed-and-stopped", servers::killed_and_stopped);

@@ -1,0 +1,58 @@
+//! The backend that is the kernel's VFIO, without a VM around it.
+
+use std::io;
+use std::os::fd::BorrowedFd;
+use std::sync::Arc;
+
+use anyhow::{Context as _, Result, ensure};
+use devices::Irq;
+use devices::host::Sysfs;
+use devices::kernel::{AddressSpace, KernelDevice, KvmFiles, Type1};
+use pci::BarIndex;
+use tests::backend_contract::{self, Subject};
+use tests::lab::{Case, HostDevice};
+
+/// A real device keeps the contract of backends, and can be had again afterwards.
+pub(crate) fn contract(_: &mut Case<'_>) -> Result<()> {
+    const EDU: &str = "0000:01:00.0";
+    const BAR0: BarIndex = BarIndex::ALL[0];
+    let host = HostDevice::at(EDU)?;
+    host.bind("vfio-pci")?;
+    let sysfs = Sysfs::default();
+    let found = sysfs.find(EDU)?;
+    let ready = found.check(&sysfs)?;
+    let subject = Subject {
+        ids: [0x34, 0x12, 0xe8, 0x11],
+        sizes: [1 << 20, 0, 0, 0, 0, 0],
+        // It reads as the inverse of what was written, also after a reset.
+        register: (BAR0, 4),
+        value: (0x1234_5678, !0x1234_5678),
+        initial: None,
+        raise: (Irq::Msi, BAR0, 0x60, 1),
+        calm: Some((BAR0, 0x64, 1)),
+        control: (0, 0),
+        vectors: [1, 1, 0],
+    };
+    for _ in 0..2 {
+        let space = Type1::new(Arc::new(NoVm))?;
+        let opened = space.open(EDU, &ready)?;
+        let other = Type1::new(Arc::new(NoVm))?.open(EDU, &ready);
+        let refused = other.err().context("it was opened twice")?.to_string();
+        ensure!(refused.contains("in use"), "{refused}");
+        let device = KernelDevice::new("edu", opened, found.ids())?;
+        backend_contract::check(&device, &subject)?;
+    }
+    Ok(())
+}
+
+/// No KVM needs to know.
+#[derive(Debug)]
+struct NoVm;
+
+impl KvmFiles for NoVm {
+    fn add(&self, _: BorrowedFd<'_>) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn remove(&self, _: BorrowedFd<'_>) {}
+}
