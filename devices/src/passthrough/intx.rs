@@ -1,13 +1,12 @@
 //! INTx: a level-triggered line, made of events.
 
-use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::{self, JoinHandle};
 
 use pci::Cause;
 use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use crate::backend::{Backend, Irq, IrqInfo};
 use crate::interrupts::InterruptLine;
@@ -47,25 +46,34 @@ impl Intx {
 
 /// A thread that unmasks a device's INTx whenever the guest has served it, for a device that cannot be told by an event.
 /// (A message to the device takes its time, so this is not for the event loop.)
+///
+/// Such a device may also forget what it would have signalled while it was masked, as mtty of the kernel's samples does.
+/// So the guest is interrupted once more when the device is unmasked. To know whose interrupt it was that the guest has
+/// served, the thread gets the device's events, and passes them on.
 #[derive(Debug)]
 struct Unmasker {
-    shared: Arc<Stop>,
+    shared: Arc<Events>,
     thread: Option<JoinHandle<()>>,
 }
 
 #[derive(Debug)]
-struct Stop {
-    event: OwnedFd,
-    wanted: AtomicBool,
+struct Events {
+    /// What the device signals.
+    device: OwnedFd,
+    /// Wakes the thread when it is to end.
+    stop: OwnedFd,
+    stopped: AtomicBool,
 }
 
 impl Unmasker {
-    fn start(line: Arc<dyn InterruptLine>, backend: Arc<dyn Backend>) -> io::Result<Self> {
-        let event = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
-        let shared = Arc::new(Stop {
-            event,
-            wanted: AtomicBool::new(false),
+    fn start(line: Arc<dyn InterruptLine>, backend: Arc<dyn Backend>) -> Result<Self, Cause> {
+        let event = || eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK);
+        let shared = Arc::new(Events {
+            device: event()?,
+            stop: event()?,
+            stopped: AtomicBool::new(false),
         });
+        backend.arm(Irq::Intx, 0, &[shared.device.as_fd()])?;
         let thread = thread::Builder::new().name("intx".into()).spawn({
             let shared = shared.clone();
             move || shared.run(line.as_ref(), backend.as_ref())
@@ -77,31 +85,49 @@ impl Unmasker {
     }
 }
 
-impl Stop {
+impl Events {
     fn run(&self, line: &dyn InterruptLine, backend: &dyn Backend) {
-        while !self.wanted.load(Ordering::Acquire) {
-            let resample = line.resample();
+        // Whether the device has signalled the interrupt that the guest is serving.
+        let mut is_devices = false;
+        while !self.stopped.load(Ordering::Acquire) {
             let mut fds = [
-                PollFd::from_borrowed_fd(resample, PollFlags::IN),
-                PollFd::from_borrowed_fd(self.event.as_fd(), PollFlags::IN),
+                PollFd::from_borrowed_fd(line.resample(), PollFlags::IN),
+                PollFd::from_borrowed_fd(self.device.as_fd(), PollFlags::IN),
+                PollFd::from_borrowed_fd(self.stop.as_fd(), PollFlags::IN),
             ];
             if poll(&mut fds, None).is_err() {
                 continue;
             }
-            let mut count = [0; 8];
-            if rustix::io::read(resample, &mut count).is_ok()
-                && let Err(error) = backend.unmask(Irq::Intx)
-            {
-                log::debug!("cannot unmask INTx: {error}");
+            if was_signalled(line.resample()) {
+                if let Err(error) = backend.unmask(Irq::Intx) {
+                    log::debug!("cannot unmask INTx: {error}");
+                }
+                if is_devices {
+                    is_devices = false;
+                    signal(line.trigger());
+                }
+            }
+            if was_signalled(self.device.as_fd()) {
+                is_devices = true;
+                signal(line.trigger());
             }
         }
     }
 }
 
+fn was_signalled(event: BorrowedFd<'_>) -> bool {
+    rustix::io::read(event, &mut [0; 8]).is_ok()
+}
+
+fn signal(event: BorrowedFd<'_>) {
+    // It fails only if it has been signalled more often than can be counted.
+    let _ = rustix::io::write(event, &1_u64.to_ne_bytes());
+}
+
 impl Drop for Unmasker {
     fn drop(&mut self) {
-        self.shared.wanted.store(true, Ordering::Release);
-        let _ = rustix::io::write(&self.shared.event, &1u64.to_ne_bytes());
+        self.shared.stopped.store(true, Ordering::Release);
+        signal(self.shared.stop.as_fd());
         if let Some(thread) = self.thread.take() {
             let _ = thread.join();
         }
