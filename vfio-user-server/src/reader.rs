@@ -9,9 +9,13 @@ use vfio_user_protocol::{Header, ProtocolError, take};
 
 use crate::socket::{MAX_FDS, Received};
 
+/// Largest access that is offered, in bytes. The client's own limit is for what it is sent unasked: libvfio-user's reads
+/// and writes more at once than it says that the device may.
+pub(crate) const MAX_DATA: usize = 1 << 20;
+
 /// Most bytes of a message's payload that are kept: the largest access that is offered, its head, and the head of a
 /// list. What is longer is skipped, and [`Message::is_whole`] says so.
-pub(crate) const MAX_PAYLOAD: usize = (1 << 20) + 64;
+pub(crate) const MAX_PAYLOAD: usize = MAX_DATA + 64;
 
 /// A message as it was received.
 #[derive(Debug)]

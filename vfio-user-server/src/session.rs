@@ -128,13 +128,13 @@ impl<D: Device> Session<'_, D> {
                 let (set, data) = parse::<IrqSet>(payload)?;
                 self.core.function.set_irqs(&set, data, fds)
             }
-            Command::RegionRead => self.region_read(payload, &limits),
-            Command::RegionWrite => self.region_write(payload, &limits),
+            Command::RegionRead => self.region_read(payload),
+            Command::RegionWrite => self.region_write(payload),
             Command::RegionWriteMulti => self.region_write_multi(payload),
             Command::DeviceReset => self.core.reset(),
             Command::DeviceFeature => self.feature(payload),
-            Command::MigDataRead => self.migration_read(payload, &limits),
-            Command::MigDataWrite => self.migration_write(payload, &limits),
+            Command::MigDataRead => self.migration_read(payload),
+            Command::MigDataWrite => self.migration_write(payload),
             // These are the device's.
             Command::Version | Command::DmaRead | Command::DmaWrite => Err(Errno::INVAL),
         }

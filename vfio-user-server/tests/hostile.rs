@@ -1151,7 +1151,7 @@ fn as_many_doorbells_are_offered_as_the_client_takes_descriptors() {
 }
 
 #[test]
-fn the_clients_limit_is_kept() {
+fn the_clients_limit_is_kept_where_it_does_not_ask() {
     let served = Served::new(Options::default());
     let mut raw = served.connect();
     raw.agree("\"max_data_xfer_size\":64");
@@ -1159,7 +1159,11 @@ fn the_clients_limit_is_kept() {
         raw.call(Command::RegionRead as u16, &access(2, 0, count), &[])
             .errno()
     };
-    assert_eq!([read(64), read(65)], [0, EINVAL]);
+    // What it asks for itself is limited by what is offered.
+    assert_eq!([read(0x4000), read((1 << 20) + 1)], [0, EINVAL]);
+    let write = [access(2, 0, 0x4000), vec![1; 0x4000]].concat();
+    let write = raw.call(Command::RegionWrite as u16, &write, &[]);
+    assert_eq!(write.errno(), 0);
     let map = [words(&[32, 3]), longs(&[0, 0x1000, 0x1000])].concat();
     assert_eq!(raw.call(Command::DmaMap as u16, &map, &[]).errno(), 0);
     for (region, offset, value) in [

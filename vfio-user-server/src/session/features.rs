@@ -2,8 +2,8 @@
 
 use rustix::io::Errno;
 use vfio_user_protocol::{
-    DeviceState, Feature, FeatureFlags, FeatureId, Limits, LoggingRange, LoggingReport,
-    LoggingStart, MigrationData, MigrationState,
+    DeviceState, Feature, FeatureFlags, FeatureId, LoggingRange, LoggingReport, LoggingStart,
+    MigrationData, MigrationState,
 };
 use zerocopy::{FromBytes, IntoBytes};
 
@@ -11,6 +11,7 @@ use super::{Session, parse, size};
 use crate::device::Device;
 use crate::dirty;
 use crate::migration;
+use crate::reader::MAX_DATA;
 
 /// Largest log that is reported at once, in bytes: that of 2 TiB of memory in pages of 4 KiB.
 const MAX_REPORT: u64 = 64 << 20;
@@ -151,11 +152,11 @@ impl<D: Device> Session<'_, D> {
         Ok(())
     }
 
-    pub(super) fn migration_read(&mut self, payload: &[u8], limits: &Limits) -> Result<(), Errno> {
+    pub(super) fn migration_read(&mut self, payload: &[u8]) -> Result<(), Errno> {
         let (request, _) = parse::<MigrationData>(payload)?;
         let wanted = usize::try_from(request.size).map_err(|_| Errno::INVAL)?;
         let needed = MigrationData::new(request.size).argsz;
-        if wanted > limits.max_data_xfer_size || request.argsz < needed {
+        if wanted > MAX_DATA || request.argsz < needed {
             return Err(Errno::INVAL);
         }
         let start = size_of::<MigrationData>();
@@ -171,9 +172,9 @@ impl<D: Device> Session<'_, D> {
         Ok(())
     }
 
-    pub(super) fn migration_write(&mut self, payload: &[u8], limits: &Limits) -> Result<(), Errno> {
+    pub(super) fn migration_write(&mut self, payload: &[u8]) -> Result<(), Errno> {
         let (request, data) = parse::<MigrationData>(payload)?;
-        if data.len() > limits.max_data_xfer_size || u64::from(request.size) != data.len() as u64 {
+        if data.len() > MAX_DATA || u64::from(request.size) != data.len() as u64 {
             return Err(Errno::INVAL);
         }
         self.core.write_state(data)

@@ -1,16 +1,17 @@
 //! `REGION_READ`, `REGION_WRITE` and `REGION_WRITE_MULTI`.
 
 use rustix::io::Errno;
-use vfio_user_protocol::{Limits, RegionAccess, RegionWrites, WriteMulti};
+use vfio_user_protocol::{RegionAccess, RegionWrites, WriteMulti};
 use zerocopy::FromBytes;
 
 use super::{Session, parse};
 use crate::device::Device;
+use crate::reader::MAX_DATA;
 
 impl<D: Device> Session<'_, D> {
-    pub(super) fn region_read(&mut self, payload: &[u8], limits: &Limits) -> Result<(), Errno> {
+    pub(super) fn region_read(&mut self, payload: &[u8]) -> Result<(), Errno> {
         let (access, _) = parse::<RegionAccess>(payload)?;
-        let count = count(&access, limits)?;
+        let count = count(&access)?;
         self.reply.push(&access);
         let start = self.reply.payload.len();
         self.reply.payload.resize(start + count, 0);
@@ -18,9 +19,9 @@ impl<D: Device> Session<'_, D> {
         self.core.read_region(access.region, access.offset, data)
     }
 
-    pub(super) fn region_write(&mut self, payload: &[u8], limits: &Limits) -> Result<(), Errno> {
+    pub(super) fn region_write(&mut self, payload: &[u8]) -> Result<(), Errno> {
         let (access, data) = parse::<RegionAccess>(payload)?;
-        if data.len() != count(&access, limits)? {
+        if data.len() != count(&access)? {
             return Err(Errno::INVAL);
         }
         self.reply.push(&access);
@@ -51,10 +52,10 @@ impl<D: Device> Session<'_, D> {
     }
 }
 
-/// The number of bytes of an access, if it is not more than was agreed on.
-fn count(access: &RegionAccess, limits: &Limits) -> Result<usize, Errno> {
+/// The number of bytes of an access, if it is not more than is offered.
+fn count(access: &RegionAccess) -> Result<usize, Errno> {
     let count = usize::try_from(access.count).map_err(|_| Errno::INVAL)?;
-    if count > limits.max_data_xfer_size {
+    if count > MAX_DATA {
         return Err(Errno::INVAL);
     }
     Ok(count)

@@ -10,6 +10,7 @@ use super::Session;
 use crate::device::Device;
 use crate::link::Link;
 use crate::memory::Channel;
+use crate::reader::MAX_DATA;
 
 impl<D: Device> Session<'_, D> {
     /// Answers the proposal of a version. It can be made once.
@@ -57,7 +58,7 @@ impl<D: Device> Session<'_, D> {
         Capabilities {
             // QEMU takes no more than 16.
             max_msg_fds: Some(16),
-            max_data_xfer_size: Some(1 << 20),
+            max_data_xfer_size: Some(MAX_DATA as u64),
             max_dma_maps: Some(self.core.options.max_mappings as u64),
             pgsizes: Some(4096),
             write_multiple: Some(true),
