@@ -171,12 +171,21 @@ pub enum BarError {
     },
 }
 
-/// A function's six base address registers.
+/// A function's six base address registers, and the expansion ROM's.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Bars {
     specs: [Option<BarSpec>; 6],
     registers: [Register; 6],
+    rom: Option<BarSpec>,
+    rom_register: Register,
 }
+
+/// The smallest and the largest expansion ROM in bytes: address bits 31:11 (7.5.1.2.4), and the firmware specification's
+/// limit of 16 MiB.
+const ROM_SIZES: (u64, u64) = (2 << 10, 16 << 20);
+
+/// The bit of its register that has the expansion ROM decode.
+const ROM_ENABLE: u32 = 1;
 
 impl Bars {
     /// Registers for these BARs, all at address zero. The slot after a 64-bit BAR must be `None`.
@@ -197,14 +206,44 @@ impl Bars {
             }
         }
         match lower {
-            None => Ok(Self { specs, registers }),
+            None => Ok(Self {
+                specs,
+                registers,
+                rom: None,
+                rom_register: Register::default(),
+            }),
             Some(_) => Err(BarError::NoUpperHalf),
         }
     }
 
+    /// The same with an expansion ROM, whose size in bytes is rounded up to one that it can have.
+    pub fn with_rom(self, size: u64) -> Result<Self, BarError> {
+        let (min, max) = ROM_SIZES;
+        if size > max {
+            return Err(BarError::Size {
+                bar: BarIndex::ROM,
+                size,
+                min,
+                max,
+            });
+        }
+        let rom = BarSpec {
+            kind: BarKind::Memory32 { prefetchable: true },
+            size: size.max(min).next_power_of_two(),
+        };
+        let (address, _) = rom.writable();
+        Ok(Self {
+            rom: Some(rom),
+            rom_register: Register::new(0, address | ROM_ENABLE),
+            ..self
+        })
+    }
+
     /// The guest reads at `offset` of the configuration space. Bytes outside the registers are left as they are.
     pub fn read(&self, offset: u16, data: &mut [u8]) {
-        if let Some(offset) = offset.checked_sub(header::BARS) {
+        if let Some(offset) = offset.checked_sub(header::EXPANSION_ROM) {
+            register::read(&[self.rom_register], offset.into(), data);
+        } else if let Some(offset) = offset.checked_sub(header::BARS) {
             register::read(&self.registers, offset.into(), data);
         }
     }
@@ -213,7 +252,10 @@ impl Bars {
     ///
     /// Only address bits change, so all-ones reads back as the mask that tells a BAR's size.
     pub fn write(&mut self, offset: u16, data: &[u8]) {
-        if let Some(offset) = offset.checked_sub(header::BARS) {
+        if let Some(offset) = offset.checked_sub(header::EXPANSION_ROM) {
+            let rom = std::slice::from_mut(&mut self.rom_register);
+            register::write(rom, offset.into(), data);
+        } else if let Some(offset) = offset.checked_sub(header::BARS) {
             register::write(&mut self.registers, offset.into(), data);
         }
     }
@@ -221,6 +263,9 @@ impl Bars {
     /// The address in this BAR's registers, decoded or not; `None` if there is no such BAR.
     pub fn address(&self, bar: BarIndex) -> Option<u64> {
         let spec = self.spec(bar)?;
+        if bar == BarIndex::ROM {
+            return Some(u64::from(self.rom_register.value) & !(spec.size - 1));
+        }
         let mut registers = self.registers.iter().skip(bar.index());
         let mut next = || {
             registers
@@ -238,6 +283,11 @@ impl Bars {
         let Some(spec) = self.spec(bar) else { return };
         let used = if spec.is_64bit() { 2 } else { 1 };
         let (low, high) = halves(address);
+        if bar == BarIndex::ROM {
+            let enable = self.rom_register.value & ROM_ENABLE;
+            self.rom_register.write(low & !ROM_ENABLE | enable);
+            return;
+        }
         let registers = self.registers.iter_mut().skip(bar.index()).take(used);
         for (register, half) in registers.zip([low, high]) {
             register.write(half);
@@ -246,13 +296,16 @@ impl Bars {
 
     /// What this BAR is, if there is one.
     pub fn spec(&self, bar: BarIndex) -> Option<&BarSpec> {
+        if bar == BarIndex::ROM {
+            return self.rom.as_ref();
+        }
         self.specs.get(bar.index())?.as_ref()
     }
 
-    /// Every BAR that there is, in order.
+    /// Every BAR that there is, in order, and the ROM.
     pub fn specs(&self) -> impl Iterator<Item = (BarIndex, &BarSpec)> {
-        let slots = BarIndex::ALL.into_iter().zip(&self.specs);
-        slots.filter_map(|(bar, spec)| Some((bar, spec.as_ref()?)))
+        let bars = BarIndex::ALL_AND_ROM.into_iter();
+        bars.filter_map(|bar| Some((bar, self.spec(bar)?)))
     }
 
     /// Where each BAR answers, given the Command register.
@@ -261,11 +314,13 @@ impl Bars {
     /// enabled does answer, at the top of that space, as a real one would: refusing that is up to
     /// [`BarMapper::map`](crate::BarMapper::map), which knows the host bridge's windows.
     pub fn decoded(&self, command: Command) -> Decoded {
-        Decoded(BarIndex::ALL.map(|bar| {
+        let rom_enabled = self.rom_register.value & ROM_ENABLE != 0;
+        Decoded(BarIndex::ALL_AND_ROM.map(|bar| {
             let spec = self.spec(bar)?;
             let address = self.address(bar)?;
             let last = address.checked_add(spec.size - 1)?;
             let answers = command.contains(spec.kind.enabled_by())
+                && (bar != BarIndex::ROM || rom_enabled)
                 && address != 0
                 && last <= spec.kind.last_address();
             answers.then_some(address)
@@ -280,7 +335,7 @@ const fn halves(value: u64) -> (u32, u32) {
 
 /// Where each of a function's BARs answers; by default, nowhere.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub struct Decoded([Option<u64>; 6]);
+pub struct Decoded([Option<u64>; 7]);
 
 impl Decoded {
     /// Where this BAR answers, if it does.
@@ -298,8 +353,8 @@ impl Decoded {
         impl Iterator<Item = (BarIndex, u64)>,
     ) {
         let changed = move |bar: &BarIndex| self.address(*bar) != new.address(*bar);
-        let unmap = BarIndex::ALL.into_iter().filter(changed);
-        let map = BarIndex::ALL.into_iter().filter(changed);
+        let unmap = BarIndex::ALL_AND_ROM.into_iter().filter(changed);
+        let map = BarIndex::ALL_AND_ROM.into_iter().filter(changed);
         (
             unmap.filter(|bar| self.address(*bar).is_some()),
             map.filter_map(|bar| Some((bar, new.address(bar)?))),

@@ -32,25 +32,41 @@ pub trait Endpoint: Send + Sync + fmt::Debug {
     fn reset(&self) -> Result<(), Cause>;
 }
 
-/// Which of a function's six base address registers; a 64-bit BAR is named by its lower half.
+/// Which of a function's six base address registers, of which a 64-bit BAR is named by its lower half; or the
+/// [expansion ROM](Self::ROM)'s, which is much like one.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct BarIndex(u8);
 
 impl BarIndex {
-    /// Every index, in order.
+    /// The six, in order.
     pub const ALL: [Self; 6] = [Self(0), Self(1), Self(2), Self(3), Self(4), Self(5)];
+
+    /// The expansion ROM base address register (7.5.1.2.4). It decodes only while it is enabled by a bit of its own,
+    /// and holds nothing that could be written.
+    pub const ROM: Self = Self(6);
+
+    /// The six and the ROM.
+    pub const ALL_AND_ROM: [Self; 7] = [
+        Self(0),
+        Self(1),
+        Self(2),
+        Self(3),
+        Self(4),
+        Self(5),
+        Self::ROM,
+    ];
 
     /// The BAR with this number, if there is one.
     pub const fn new(index: u8) -> Option<Self> {
         if index < 6 { Some(Self(index)) } else { None }
     }
 
-    /// Its number, 0 to 5.
+    /// Its number, 0 to 5, or 6 for the ROM.
     pub const fn number(self) -> u8 {
         self.0
     }
 
-    /// Its number, 0 to 5, for indexing.
+    /// Its number, for indexing.
     pub const fn index(self) -> usize {
         self.0 as usize
     }
@@ -58,7 +74,10 @@ impl BarIndex {
 
 impl fmt::Display for BarIndex {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "BAR{}", self.0)
+        match *self {
+            Self::ROM => write!(f, "the expansion ROM"),
+            Self(number) => write!(f, "BAR{number}"),
+        }
     }
 }
 

@@ -55,8 +55,8 @@ pub(crate) struct Bars {
     space: Arc<Space>,
     /// The endpoint owns this.
     endpoint: Weak<Passthrough>,
-    bars: [Option<Bar>; 6],
-    mapped: Mutex<[Option<Mapped>; 6]>,
+    bars: [Option<Bar>; 7],
+    mapped: Mutex<[Option<Mapped>; 7]>,
 }
 
 /// A BAR, wherever it is mapped.
@@ -87,10 +87,14 @@ impl Bars {
     /// Maps the files behind BARs into this process.
     pub(crate) fn new(
         space: Arc<Space>,
-        layouts: [Option<BarLayout>; 6],
+        layouts: [Option<BarLayout>; 7],
     ) -> Result<Self, BarError> {
-        let mut bars = [const { None }; 6];
-        for ((index, layout), bar) in BarIndex::ALL.into_iter().zip(layouts).zip(&mut bars) {
+        let mut bars = [const { None }; 7];
+        for ((index, layout), bar) in BarIndex::ALL_AND_ROM
+            .into_iter()
+            .zip(layouts)
+            .zip(&mut bars)
+        {
             let Some(layout) = layout else { continue };
             let areas = layout
                 .areas
@@ -116,7 +120,7 @@ impl Bars {
         Self { endpoint, ..self }
     }
 
-    fn mapped(&self) -> MutexGuard<'_, [Option<Mapped>; 6]> {
+    fn mapped(&self) -> MutexGuard<'_, [Option<Mapped>; 7]> {
         self.mapped.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

@@ -53,8 +53,8 @@ pub(crate) struct Cli {
     console: String,
 
     /// A device of the host: path= with its sysfs directory, its PCI address or a mediated device's
-    /// UUID, and id=NAME to call it by; or fd= with an open VFIO character device. Takes several
-    /// values, and may be repeated
+    /// UUID, id=NAME to call it by, and rom=on to show its expansion ROM; or fd= with an open VFIO
+    /// character device. Takes several values, and may be repeated
     #[arg(long = "device", value_name = "path=DEVICE,...", num_args = 1..)]
     devices: Vec<String>,
 

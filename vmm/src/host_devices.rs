@@ -68,6 +68,8 @@ pub enum HostDeviceError {
 pub(crate) struct HostDevice {
     pub(crate) id: String,
     pub(crate) device: Arc<KernelDevice>,
+    /// Whether the guest is to see its expansion ROM.
+    pub(crate) rom: bool,
 }
 
 /// Opens devices, and lets them at guest memory.
@@ -113,6 +115,7 @@ pub(crate) fn open(
         open.push(HostDevice {
             id: id.clone(),
             device: Arc::new(device),
+            rom: config.rom,
         });
     }
     Ok(open)

@@ -96,7 +96,7 @@ impl PciHost {
     fn try_attach(&mut self, config: &UserDeviceConfig, memory: &Memory) -> Result<Server, Cause> {
         let remote = Arc::new(Remote::connect(&config.socket, memory.for_messages())?);
         memory.attach(remote.as_ref())?;
-        let endpoint = self.insert(&config.id, remote.clone())?;
+        let endpoint = self.insert(&config.id, remote.clone(), false)?;
         log::info!("{} is served on {}", config.id, config.socket.display());
         Ok(Server { remote, endpoint })
     }
@@ -105,19 +105,24 @@ impl PciHost {
     /// it.
     pub(crate) fn attach_host_device(
         &mut self,
-        HostDevice { id, device }: HostDevice,
+        HostDevice { id, device, rom }: HostDevice,
     ) -> Result<HostNotices, DeviceError> {
         let endpoint = self
-            .insert(&id, device.clone())
+            .insert(&id, device.clone(), rom)
             .map_err(|source| DeviceError::AttachHostDevice { id, source })?;
         Ok(HostNotices { device, endpoint })
     }
 
-    /// Puts a device in the next free place. It can reach guest memory already.
-    fn insert(&mut self, id: &str, backend: Arc<dyn Backend>) -> Result<Arc<Passthrough>, Cause> {
+    /// Puts a device in the next free place, with its expansion ROM or without. It can reach guest memory already.
+    fn insert(
+        &mut self,
+        id: &str,
+        backend: Arc<dyn Backend>,
+        rom: bool,
+    ) -> Result<Arc<Passthrough>, Cause> {
         let device = self.segment.free_device(0).ok_or("the bus is full")?;
         let bdf = Bdf::new(0, device, 0).ok_or("the bus is full")?;
-        let mut probe = Probe::new(backend)?;
+        let mut probe = Probe::new(backend, rom)?;
         let mut registers = probe.bars().clone();
         self.allocator.assign(&mut registers)?;
         probe.set_bars(registers);

@@ -165,7 +165,6 @@ impl Config {
         let function = space.byte(header::HEADER_TYPE) & !header::MULTI_FUNCTION;
         space.set(header::HEADER_TYPE, &[function]);
         space.set(header::BIST, &[0]);
-        space.set(header::EXPANSION_ROM, &[0; 4]);
         space.set(header::COMMAND, &[0; 2]);
         let command = Command::all().bits();
         space.set_writable(header::COMMAND, &command.to_le_bytes());
@@ -183,6 +182,9 @@ impl Config {
         let mut bars = [0; (header::BARS_END - header::BARS) as usize];
         self.bars.read(header::BARS, &mut bars);
         self.space.set(header::BARS, &bars);
+        let mut rom = [0; 4];
+        self.bars.read(header::EXPANSION_ROM, &mut rom);
+        self.space.set(header::EXPANSION_ROM, &rom);
         if let Some((offset, msix)) = &self.msix {
             self.space.set(offset + 2, &msix.control().to_le_bytes());
         }
@@ -196,7 +198,7 @@ impl Config {
 
     /// Sets the addresses of the BARs to zero, as a function-level reset does.
     pub(super) fn forget_addresses(&mut self) {
-        for bar in BarIndex::ALL {
+        for bar in BarIndex::ALL_AND_ROM {
             self.bars.set_address(bar, 0);
         }
         self.show_virtual_registers();

@@ -44,8 +44,10 @@ pub struct Passthrough {
     /// Whether the device is gone for good. The guest finds nothing where it was.
     lost: AtomicBool,
     /// To which BARs writes are not waited for.
-    posted: [bool; 6],
+    posted: [bool; 7],
     msix: Option<MsixLayout>,
+    /// What the expansion ROM holds. It is read seldom, so every read of it is an exit.
+    rom: Vec<u8>,
     /// What the registers are after a reset.
     power_on: Config,
     /// What they are now. Never locked while the backend is called.
@@ -78,6 +80,7 @@ impl Passthrough {
             faults: Faults::new(id),
             lost: AtomicBool::new(false),
             msix: probe.msix,
+            rom: probe.rom,
             power_on: probe.config.clone(),
             config: Mutex::new(probe.config),
             vectors,
@@ -210,6 +213,9 @@ impl Passthrough {
 
     /// Which of the VMM's own parts of a BAR an access is in: none, or one of them entirely, or something in between.
     fn place(&self, bar: BarIndex, offset: u64, length: usize) -> Place {
+        if bar == BarIndex::ROM {
+            return Place::Rom(offset);
+        }
         let Some(msix) = &self.msix else {
             return Place::Device;
         };
@@ -254,6 +260,8 @@ enum Place {
     Table(u64),
     /// At this offset of the pending bits.
     Pending(u64),
+    /// At this offset of the expansion ROM.
+    Rom(u64),
     /// In more than one.
     Several,
 }
@@ -319,6 +327,13 @@ impl Endpoint for Passthrough {
                     msix.read_pba(offset, data, |vector| self.vectors.pending(vector));
                 }
             }
+            Place::Rom(offset) => {
+                data.fill(0xff);
+                let start = usize::try_from(offset).unwrap_or(usize::MAX);
+                for (to, from) in data.iter_mut().zip(self.rom.iter().skip(start)) {
+                    *to = *from;
+                }
+            }
             Place::Several => {
                 for (byte, offset) in data.chunks_mut(1).zip(offset..) {
                     self.bar_read(bar, offset, byte);
@@ -357,7 +372,7 @@ impl Endpoint for Passthrough {
                     );
                 });
             }
-            Place::Pending(_) => {}
+            Place::Pending(_) | Place::Rom(_) => {}
             Place::Several => {
                 for (byte, offset) in data.chunks(1).zip(offset..) {
                     self.bar_write(bar, offset, byte);

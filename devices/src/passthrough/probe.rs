@@ -20,6 +20,12 @@ pub enum ProbeError {
         /// The length of its region in bytes.
         size: u64,
     },
+    /// It has no expansion ROM.
+    #[error("it has no expansion ROM to show ({size} bytes): leave rom=on out")]
+    NoRom {
+        /// The length of its region in bytes.
+        size: u64,
+    },
     /// It is a bridge.
     #[error("its header type is {0:#x}: bridges cannot be passed through")]
     Bridge(u8),
@@ -53,7 +59,9 @@ pub struct Probe {
     pub(super) config: Config,
     pub(super) msix: Option<MsixLayout>,
     pub(super) intx: IrqInfo,
-    layouts: [Option<BarLayout>; 6],
+    /// What the expansion ROM holds, if the guest is to have it.
+    pub(super) rom: Vec<u8>,
+    layouts: [Option<BarLayout>; 7],
 }
 
 /// A BAR and what is behind it, wherever the guest puts it.
@@ -70,8 +78,8 @@ pub struct BarLayout {
 }
 
 impl Probe {
-    /// Asks the device.
-    pub fn new(backend: Arc<dyn Backend>) -> Result<Self, ProbeError> {
+    /// Asks the device. The guest sees its expansion ROM only if it is to have one.
+    pub fn new(backend: Arc<dyn Backend>, with_rom: bool) -> Result<Self, ProbeError> {
         let (space, size) = read_config(backend.as_ref())?;
         let header_type = space.byte(pci::header::HEADER_TYPE) & !pci::header::MULTI_FUNCTION;
         if header_type != 0 {
@@ -82,12 +90,28 @@ impl Probe {
             regions.push(backend.region(Region::Bar(bar))?);
         }
         let mut sizes = regions.iter().map(|region| region.size);
-        let bars = config::bars(&space, [(); 6].map(|()| sizes.next().unwrap_or(0)))?;
+        let mut bars = config::bars(&space, [(); 6].map(|()| sizes.next().unwrap_or(0)))?;
+        let mut layouts = [const { None }; 7];
+        let rom = if with_rom {
+            read_rom(backend.as_ref())?
+        } else {
+            Vec::new()
+        };
+        if !rom.is_empty() {
+            bars = bars.with_rom(rom.len() as u64)?;
+        }
         let msix = find_msix(&space)?;
         if let Some(layout) = &msix {
             layout.check(|bar| bars.spec(bar).map_or(0, |spec| spec.size))?;
         }
-        let mut layouts = [const { None }; 6];
+        if let (Some(layout), Some(spec)) = (layouts.last_mut(), bars.spec(BarIndex::ROM)) {
+            *layout = Some(BarLayout {
+                spec: *spec,
+                writable: false,
+                areas: Vec::new(),
+                doorbells: Vec::new(),
+            });
+        }
         for ((bar, layout), region) in BarIndex::ALL.into_iter().zip(&mut layouts).zip(regions) {
             let Some(spec) = bars.spec(bar) else { continue };
             let mut areas = if spec.kind == BarKind::Io {
@@ -125,6 +149,7 @@ impl Probe {
             config,
             msix,
             intx,
+            rom,
             layouts,
         })
     }
@@ -141,7 +166,7 @@ impl Probe {
 
     /// To which BARs writes may be posted: those in memory space of a device that is reached through the backend alone.
     /// A mapped area or a doorbell of any BAR would let the guest overtake them.
-    pub(super) fn posted_bars(&self) -> [bool; 6] {
+    pub(super) fn posted_bars(&self) -> [bool; 7] {
         let layouts = self.layouts.each_ref().map(Option::as_ref);
         let can_be_overtaken = layouts
             .iter()
@@ -152,8 +177,8 @@ impl Probe {
         })
     }
 
-    /// What is behind its BARs.
-    pub fn layouts(&self) -> [Option<BarLayout>; 6] {
+    /// What is behind its BARs, and its ROM.
+    pub fn layouts(&self) -> [Option<BarLayout>; 7] {
         self.layouts.clone()
     }
 }
@@ -170,6 +195,20 @@ fn read_config(backend: &dyn Backend) -> Result<(ConfigSpace, u16), ProbeError> 
     let mut space = ConfigSpace::new();
     space.set(0, &bytes);
     Ok((space, length))
+}
+
+/// The device's expansion ROM.
+fn read_rom(backend: &dyn Backend) -> Result<Vec<u8>, ProbeError> {
+    /// The largest that there is (the PCI firmware specification's limit).
+    const MOST: u64 = 16 << 20;
+    let region = Region::Bar(BarIndex::ROM);
+    let size = backend.region(region)?.size;
+    if !(1..=MOST).contains(&size) {
+        return Err(ProbeError::NoRom { size });
+    }
+    let mut rom = vec![0; usize::try_from(size).unwrap_or(0)];
+    backend.read(region, 0, &mut rom)?;
+    Ok(rom)
 }
 
 fn find_msix(space: &ConfigSpace) -> Result<Option<MsixLayout>, ProbeError> {

@@ -55,6 +55,7 @@ const PORTS: BarIndex = BarIndex::ALL[1];
 const MSIX: u16 = 0x40;
 const OWN: u16 = 0x50;
 const FEATURES: u16 = 0x58;
+const ROM: [u8; 5] = [0x55, 0xaa, 1, 2, 3];
 
 fn device(notes: &Notes) -> Device {
     let mut config = vec![0; 256];
@@ -96,6 +97,7 @@ impl Backend for Device {
             Region::Bar(MEMORY) => 0x4000,
             Region::Bar(PORTS) => 0x20,
             Region::Config => self.config.len() as u64,
+            Region::Bar(BarIndex::ROM) => ROM.len() as u64,
             Region::Bar(_) => 0,
         };
         let has_area = region == Region::Bar(MEMORY);
@@ -111,6 +113,7 @@ impl Backend for Device {
         let offset = usize::try_from(offset).unwrap();
         match region {
             Region::Config => data.copy_from_slice(&self.config[offset..offset + data.len()]),
+            Region::Bar(BarIndex::ROM) => data.copy_from_slice(&ROM),
             Region::Bar(_) => data.fill(0x5a),
         }
         Ok(())
@@ -222,7 +225,7 @@ fn null() -> OwnedFd {
 /// The endpoint of a device, its BARs mapped, and nothing noted yet.
 fn endpoint(device: Device) -> (Passthrough, Notes) {
     let notes = device.notes.clone();
-    let mut probe = Probe::new(Arc::new(device)).unwrap();
+    let mut probe = Probe::new(Arc::new(device), true).unwrap();
     let mut bars = probe.bars().clone();
     bars.set_address(MEMORY, 0xc000_0000);
     bars.set_address(PORTS, 0x1000);
@@ -303,6 +306,30 @@ fn decoding_is_enabled_in_the_device_before_the_guest_reaches_it() {
     assert_eq!(notes.take(), [Unmap(MEMORY), command(1)]);
     endpoint.config_write(0x04, &[3, 0]);
     assert_eq!(notes.take(), [command(3), Map(MEMORY)]);
+}
+
+#[test]
+fn the_rom_answers_while_it_is_enabled() {
+    let (endpoint, notes) = endpoint(device(&Notes::default()));
+    endpoint.config_write(0x30, &[0xff; 4]);
+    assert_eq!(config(&endpoint, 0x30), 0xffff_f801);
+    endpoint.config_write(0x30, &0xc100_0000_u32.to_le_bytes());
+    notes.take();
+    endpoint.config_write(0x30, &[1]);
+    assert_eq!(notes.take(), [Map(BarIndex::ROM)]);
+    let read = |offset| {
+        let mut data = [0; 4];
+        endpoint.bar_read(BarIndex::ROM, offset, &mut data);
+        data
+    };
+    endpoint.bar_write(BarIndex::ROM, 0, &[0; 4]);
+    assert_eq!(read(0), [0x55, 0xaa, 1, 2]);
+    assert_eq!(read(4), [3, 0xff, 0xff, 0xff]);
+    assert_eq!(read(8), [0xff; 4]);
+    assert_eq!(notes.take(), []);
+    endpoint.config_write(0x04, &[1, 0]);
+    let command = Write(Region::Config, 4, vec![1, 0]);
+    assert_eq!(notes.take(), [Unmap(MEMORY), Unmap(BarIndex::ROM), command]);
 }
 
 #[test]

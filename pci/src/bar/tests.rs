@@ -199,8 +199,8 @@ proptest! {
 
     #[test]
     fn changes_lead_from_one_to_the_other(
-        old in vec(option::of(1u64..4), 6),
-        new in vec(option::of(1u64..4), 6),
+        old in vec(option::of(1u64..4), 7),
+        new in vec(option::of(1u64..4), 7),
     ) {
         let (old, new) = (Decoded(old.try_into().unwrap()), Decoded(new.try_into().unwrap()));
         let (unmap, map) = old.changes(&new);
@@ -333,4 +333,42 @@ fn a_device_with_impossible_bars_is_refused() {
 
     let huge = BarSpec::from_registers([4; 6], [u64::MAX, 0, 0, 0, 0, 0]).unwrap();
     assert!(matches!(Bars::new(huge), Err(BarError::Size { .. })));
+}
+
+#[test]
+fn a_rom_answers_only_while_it_is_enabled_by_both_bits() {
+    let bars = || Bars::new([None; 6]).unwrap();
+    let mut bars = bars().with_rom(0x9001).unwrap();
+    assert_eq!(bars.spec(BarIndex::ROM).unwrap().size, 0x1_0000);
+    bars.write(0x30, &[0xff; 4]);
+    assert_eq!(read(&bars, 0x30), 0xffff_0001);
+    bars.write(0x30, &[0; 4]);
+    bars.set_address(BarIndex::ROM, 0xc012_3000);
+    assert_eq!(read(&bars, 0x30), 0xc012_0000);
+    assert_eq!(bars.address(BarIndex::ROM), Some(0xc012_0000));
+    let answers = |bars: &Bars, command| bars.decoded(command).address(BarIndex::ROM);
+    assert_eq!(answers(&bars, Command::MEMORY_SPACE), None);
+    bars.write(0x30, &[1]);
+    assert_eq!(answers(&bars, Command::IO_SPACE), None);
+    assert_eq!(answers(&bars, Command::MEMORY_SPACE), Some(0xc012_0000));
+    bars.set_address(BarIndex::ROM, 0xc100_0000);
+    assert_eq!(answers(&bars, Command::MEMORY_SPACE), Some(0xc100_0000));
+    // The registers around it are not its.
+    bars.write(0x2c, &[0xff; 4]);
+    bars.write(0x34, &[0xff; 4]);
+    assert_eq!(read(&bars, 0x30), 0xc100_0001);
+}
+
+#[test]
+fn roms_have_sizes_that_they_can_have() {
+    let rom = |size| {
+        let bars = Bars::new([None; 6]).unwrap().with_rom(size)?;
+        Ok::<_, BarError>(bars.spec(BarIndex::ROM).map(|spec| spec.size))
+    };
+    assert_eq!(rom(1), Ok(Some(2048)));
+    assert_eq!(rom(16 << 20), Ok(Some(16 << 20)));
+    assert!(rom((16 << 20) + 1).is_err());
+    let mut none = Bars::new([None; 6]).unwrap();
+    none.write(0x30, &[0xff; 4]);
+    assert_eq!(read(&none, 0x30), 0);
 }

@@ -22,6 +22,8 @@ pub struct HostDeviceConfig {
     pub id: String,
     /// Which device it is.
     pub source: HostDeviceSource,
+    /// Whether the guest sees its expansion ROM.
+    pub rom: bool,
 }
 
 /// Where a device of the host comes from.
@@ -63,11 +65,11 @@ impl UserDeviceConfig {
 }
 
 impl HostDeviceConfig {
-    /// Parses `path=DEVICE,id=NAME` or `fd=N,id=NAME`. A device without a name is called after its place among the
+    /// Parses `path=DEVICE,id=NAME,rom=on` or `fd=N,id=NAME,rom=on`. A device without a name is called after its place among the
     /// others.
     pub fn parse(text: &str, place: usize) -> Result<Self, ConfigError> {
         let error = option_error("--device");
-        let mut options = Options::parse(text, &["path", "fd", "id"]).map_err(error)?;
+        let mut options = Options::parse(text, &["path", "fd", "id", "rom"]).map_err(error)?;
         let path = options.string("path").filter(|path| !path.is_empty());
         let descriptor = descriptor(&mut options, "fd").map_err(error)?;
         let source = match (path, descriptor) {
@@ -81,6 +83,7 @@ impl HostDeviceConfig {
                 .string("id")
                 .unwrap_or_else(|| format!("device{place}")),
             source,
+            rom: options.switch("rom").map_err(error)?,
         })
     }
 }

@@ -327,6 +327,7 @@ mod tests {
         let given = |id: &str, fd| HostDeviceConfig {
             id: id.to_owned(),
             source: HostDeviceSource::Descriptor(fd),
+            rom: false,
         };
         let mixed = VmConfig {
             devices: vec![given("d", 7)],
@@ -343,6 +344,7 @@ mod tests {
         let given = |id: &str, fd| HostDeviceConfig {
             id: id.to_owned(),
             source: HostDeviceSource::Descriptor(fd),
+            rom: false,
         };
         let devices = vec![given("a", 7), given("b", 8)];
         let with = |iommufd| {
