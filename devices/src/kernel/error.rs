@@ -15,6 +15,12 @@ pub enum KernelError {
         #[source]
         source: io::Error,
     },
+    /// The kernel has no iommufd.
+    #[error(
+        "there is no {}: `modprobe iommufd` makes it if this kernel has one; leave --platform iommufd=on out to go without",
+        .0.display()
+    )]
+    NoIommufd(PathBuf),
     /// The device's file is another device's.
     #[error("{} is not the device's file any more; is udev running?", .0.display())]
     StaleNode(PathBuf),
@@ -35,7 +41,9 @@ pub enum KernelError {
     )]
     NoInterruptRemapping,
     /// Somebody else has the device open.
-    #[error("{device} is in use: by another VM, or given twice")]
+    #[error(
+        "{device} is in use: by another VM (`fuser -v` on its file in /dev/vfio shows which), or given twice"
+    )]
     InUse {
         /// Its name, or its file.
         device: String,

@@ -44,7 +44,14 @@ pub(super) struct Membership {
 impl Iommufd {
     /// A new address space of an iommufd of our own.
     pub fn new(kvm: Arc<dyn KvmFiles>) -> Result<Self, KernelError> {
-        Self::with(open(Path::new("/dev/iommu"))?, kvm)
+        let path = Path::new("/dev/iommu");
+        let iommufd = open(path).map_err(|error| match error {
+            KernelError::Open { source, .. } if source.kind() == io::ErrorKind::NotFound => {
+                KernelError::NoIommufd(path.to_owned())
+            }
+            error => error,
+        })?;
+        Self::with(iommufd, kvm)
     }
 
     /// A new address space of an iommufd that somebody else has opened.

@@ -1,20 +1,27 @@
 //! What a case is given: a folder of its own, device servers, and guests to boot.
 
 use std::cell::Cell;
-use std::env;
+use std::fs::Permissions;
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
+use std::{env, fs};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail, ensure};
 use tempfile::TempDir;
 
-use super::Process;
+use super::{Process, Stream};
 
 /// How long a guest may take to boot and to report, on a slow machine.
 pub const BOOT: Duration = Duration::from_secs(180);
 /// How long anything else may take.
 pub const SOON: Duration = Duration::from_secs(20);
+/// How long it may take to find out that something cannot be, without a guest.
+const AT_ONCE: Duration = Duration::from_secs(5);
+/// A user who may do nothing.
+pub const NOBODY: u32 = 65534;
 
 /// What `tests/lab/setup.sh` has made: kernels and initramfs images.
 #[derive(Clone, Debug)]
@@ -124,6 +131,42 @@ impl<'a> Case<'a> {
     /// Outrigger, without arguments.
     pub fn outrigger(&self) -> Command {
         Process::command(&self.programs.join("outrigger"))
+    }
+
+    /// Outrigger as [`NOBODY`], who may not even be allowed to look into the checkout, but can read the case's folder.
+    ///
+    /// # Errors
+    /// When the program cannot be copied.
+    pub fn outrigger_as_nobody(&self) -> Result<Command> {
+        let program = self.path("outrigger");
+        if !program.exists() {
+            fs::set_permissions(self.folder.path(), Permissions::from_mode(0o755))?;
+            fs::copy(self.programs.join("outrigger"), &program)?;
+        }
+        let mut command = Process::command(&program);
+        command.uid(NOBODY);
+        Ok(command)
+    }
+
+    /// Runs a command that is to end at once with status 1 and one line on standard error, in which all of `parts` are.
+    ///
+    /// # Errors
+    /// When it does something else.
+    pub fn expect_refusal(&self, command: &mut Command, parts: &[&str]) -> Result<()> {
+        let mut process = self.start(command)?;
+        let exit = process.wait(AT_ONCE)?;
+        ensure!(
+            exit.status.code() == Some(1),
+            "not refused: {}",
+            exit.status
+        );
+        let [line] = process.lines() else {
+            bail!("not one line: {:#?}", process.lines());
+        };
+        ensure!(line.stream == Stream::Error, "not an error: {}", line.text);
+        let missing = parts.iter().find(|part| !line.text.contains(**part));
+        ensure!(missing.is_none(), "no {missing:?} in: {}", line.text);
+        Ok(())
     }
 
     /// Outrigger with a Debian kernel. `parameters` are added to its command line.

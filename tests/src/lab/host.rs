@@ -66,6 +66,14 @@ impl HostDevice {
         self.link("iommu_group").context("it is in no IOMMU group")
     }
 
+    /// The file by which VFIO's users open that group, when VFIO has the device.
+    ///
+    /// # Errors
+    /// When it is in none.
+    pub fn group_file(&self) -> Result<PathBuf> {
+        Ok(Path::new("/dev/vfio").join(self.group()?))
+    }
+
     /// The driver that has it.
     pub fn driver(&self) -> Option<String> {
         self.link("driver")

@@ -8,7 +8,7 @@ mod process;
 mod report;
 mod suite;
 
-pub use self::case::{BOOT, Case, Images, SOON, user_device};
+pub use self::case::{BOOT, Case, Images, NOBODY, SOON, user_device};
 pub use self::host::{HostDevice, Mtty, join_wire};
 pub use self::monitor::Monitor;
 pub use self::process::{Exit, Line, Process, Stream};

@@ -5,6 +5,7 @@ mod boot;
 mod endings;
 mod no_kvm;
 mod passthrough;
+mod refusals;
 mod serial;
 mod servers;
 mod vfio_command;
@@ -32,6 +33,7 @@ fn main() -> ExitCode {
     suite.run("no-kvm", no_kvm::refused);
     suite.run("vfio-there-and-back", vfio_command::there_and_back);
     suite.run("vfio-shared-group", vfio_command::shared_group);
+    suite.run("refusals", refusals::all);
     suite.run("backend-contract", backend::contract);
     suite.run("truncated-bar", servers::truncated_bar);
     suite.run("foreign-device", servers::foreign_device);

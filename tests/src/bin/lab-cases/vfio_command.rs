@@ -1,20 +1,16 @@
 //! `outrigger vfio` and a kernel that does what it writes.
 
-use std::fs::{self, File, Permissions};
-use std::os::unix::fs::PermissionsExt;
-use std::os::unix::process::CommandExt;
+use std::fs::{self, File};
 use std::path::Path;
 use std::process::Command;
 
 use anyhow::{Context, Result, ensure};
-use tests::lab::{Case, Process, SOON};
+use tests::lab::{Case, SOON};
 
 /// The devices of the lab that these cases need: see `tests/lab/devices.cfg`.
 const NVME: &str = "0000:02:00.0";
 const EDU: &str = "0000:04:01.0";
 const E1000: &str = "0000:04:02.0";
-
-const NOBODY: u32 = 65534;
 
 /// A device goes from its driver to VFIO and back, and stays where it is when that cannot be.
 pub(crate) fn there_and_back(case: &mut Case<'_>) -> Result<()> {
@@ -92,13 +88,9 @@ fn outrigger(case: &Case<'_>) -> Command {
     command
 }
 
-/// The command as a user who may do nothing, and who may not even be allowed to look into the checkout.
 fn as_nobody(case: &Case<'_>) -> Result<Command> {
-    let program = case.path("outrigger");
-    fs::set_permissions(case.path(""), Permissions::from_mode(0o755))?;
-    fs::copy(case.outrigger().get_program(), &program)?;
-    let mut command = Process::command(&program);
-    command.arg("vfio").uid(NOBODY);
+    let mut command = case.outrigger_as_nobody()?;
+    command.arg("vfio");
     Ok(command)
 }
 
