@@ -11,12 +11,12 @@ use std::time::Duration;
 
 #[test]
 fn parsers_take_anything() {
-    run("parsers", 3000, harness::parsers);
+    run("parsers", 1000, harness::parsers);
 }
 
 #[test]
 fn conversations_end_whatever_is_said() {
-    run("conversation", 100, |bytes| {
+    run("conversation", 25, |bytes| {
         harness::conversation(bytes, Duration::from_millis(1));
     });
 }
