@@ -13,6 +13,7 @@ use vfio_bindings::bindings::vfio::{
     VFIO_PCI_REQ_IRQ_INDEX, VFIO_REGION_INFO_FLAG_MMAP, VFIO_REGION_INFO_FLAG_WRITE,
 };
 
+use super::file::DeviceFile;
 use super::info::RegionDescription;
 use super::interrupts::{self, Vectors};
 use super::{Hold, KernelError, Opened, ioctls, reset};
@@ -27,7 +28,7 @@ const REGIONS: u32 = 8;
 pub struct KernelDevice {
     name: String,
     /// The device itself, until it is given back.
-    file: RwLock<Option<File>>,
+    file: RwLock<Option<DeviceFile>>,
     regions: Vec<RegionDescription>,
     /// What the ids are if the hardware does not tell: a virtual function reads as all-ones.
     ids: Option<(u16, u16)>,
@@ -64,7 +65,7 @@ impl KernelDevice {
         let Opened { file, hold } = opened;
         Ok(Self {
             name: name.to_owned(),
-            file: RwLock::new(Some(file.into())),
+            file: RwLock::new(Some(file)),
             regions,
             ids,
             vectors: Mutex::new(Vectors::new(msix.flags & VFIO_IRQ_INFO_NORESIZE != 0)),
@@ -84,7 +85,8 @@ impl KernelDevice {
         with: impl FnOnce(&File) -> Result<R, KernelError>,
     ) -> Result<R, BackendError> {
         let file = self.file.read().unwrap_or_else(PoisonError::into_inner);
-        Ok(with(file.as_ref().ok_or(KernelError::Closed)?)?)
+        let file: &DeviceFile = file.as_ref().ok_or(KernelError::Closed)?;
+        Ok(with(file)?)
     }
 
     /// Where an access is in the device's file.
@@ -232,9 +234,8 @@ impl Backend for KernelDevice {
             .write()
             .unwrap_or_else(PoisonError::into_inner)
             .take();
-        if let (Some(file), Hold::Iommufd(membership)) = (file, &self.hold) {
-            membership.leave(file.as_fd());
-        }
+        // What the kernel does about it keeps nobody waiting.
+        drop(file);
     }
 }
 

@@ -40,6 +40,13 @@ pub enum KernelError {
          firmware, or, for a guest that you trust, load vfio_iommu_type1 with allow_unsafe_interrupts=1"
     )]
     NoInterruptRemapping,
+    /// The device's group is somebody else's, or nobody may have it.
+    #[error(
+        "the kernel does not let this process have the device's IOMMU group: another device of it is in use, or the host's \
+         IOMMU does not remap interrupts; if so, enable interrupt remapping in the firmware, or, for a guest that you \
+         trust, load iommufd with allow_unsafe_interrupts=1"
+    )]
+    NotOurs,
     /// Somebody else has the device open.
     #[error(
         "{device} is in use: by another VM (`fuser -v` on its file in /dev/vfio shows which), or given twice"

@@ -3,7 +3,7 @@
 use std::fs::File;
 use std::io;
 use std::ops::RangeInclusive;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::Path;
 use std::sync::Arc;
 
@@ -15,6 +15,7 @@ use iommufd_bindings::iommufd::{
 use iommufd_ioctls::{IommuFd, IommufdError, IommufdIoas};
 use rustix::fs::{fstat, major, minor};
 
+use super::file::DeviceFile;
 use super::type1::{check_range, map_error, open};
 use super::{AddressSpace, Hold, KernelError, KvmFiles, Opened, ioctls};
 use crate::backend::BackendError;
@@ -28,17 +29,9 @@ pub struct Iommufd {
     kvm: Arc<dyn KvmFiles>,
 }
 
-struct Space {
+pub(super) struct Space {
     ioas: IommufdIoas,
     iommufd: Arc<IommuFd>,
-}
-
-/// A device's place in the address space.
-#[derive(Debug, Clone)]
-pub(super) struct Membership {
-    // The kernel keeps the address space while a device uses it; but its destruction would fail loudly.
-    _space: Arc<Space>,
-    kvm: Arc<dyn KvmFiles>,
 }
 
 impl Iommufd {
@@ -67,23 +60,17 @@ impl Iommufd {
 
     /// Takes a device whose file somebody else has opened.
     pub fn adopt(&self, file: OwnedFd) -> Result<Opened, KernelError> {
-        let membership = Membership {
-            _space: Arc::clone(&self.space),
-            kvm: Arc::clone(&self.kvm),
-        };
-        self.kvm
-            .add(file.as_fd())
-            .map_err(KernelError::step("tell KVM of the device"))?;
-        let opened = Opened {
-            file,
-            hold: Hold::Iommufd(membership),
-        };
         // From here on, closing it undoes everything.
-        ioctls::bind_iommufd(opened.file.as_fd(), self.space.iommufd.as_ref()).map_err(no_bind)?;
-        ioctls::attach_iommufd(opened.file.as_fd(), self.space.ioas.id()).map_err(
-            KernelError::step("put the device behind the IOMMU of the VM's other devices"),
-        )?;
-        Ok(opened)
+        let file = DeviceFile::known_to(&self.kvm, file)
+            .map_err(KernelError::step("tell KVM of the device"))?;
+        ioctls::bind_iommufd(file.as_fd(), self.space.iommufd.as_ref()).map_err(no_bind)?;
+        ioctls::attach_iommufd(file.as_fd(), self.space.ioas.id()).map_err(KernelError::step(
+            "put the device behind the IOMMU of the VM's other devices",
+        ))?;
+        Ok(Opened {
+            file,
+            hold: Hold::Iommufd(Arc::clone(&self.space)),
+        })
     }
 
     fn ranges(&self) -> io::Result<Vec<RangeInclusive<u64>>> {
@@ -146,13 +133,6 @@ impl DmaTarget for Iommufd {
     }
 }
 
-impl Membership {
-    /// To be called before the device's file is closed.
-    pub(super) fn leave(&self, file: BorrowedFd<'_>) {
-        self.kvm.remove(file);
-    }
-}
-
 impl std::fmt::Debug for Space {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Space")
@@ -163,8 +143,9 @@ impl std::fmt::Debug for Space {
 
 fn no_bind(source: io::Error) -> KernelError {
     match source.raw_os_error() {
-        Some(libc::EPERM) => KernelError::NoInterruptRemapping,
-        Some(libc::EBUSY) => KernelError::InUse {
+        Some(libc::EPERM) => KernelError::NotOurs,
+        // By its group, or by this file.
+        Some(libc::EBUSY | libc::EINVAL) => KernelError::InUse {
             device: "the device".into(),
         },
         _ => KernelError::step("bind the device to the iommufd")(source),

@@ -5,6 +5,7 @@
 
 mod device;
 mod error;
+mod file;
 mod info;
 mod interrupts;
 mod ioctls;
@@ -14,7 +15,7 @@ mod type1;
 
 use std::fmt;
 use std::io;
-use std::os::fd::{BorrowedFd, OwnedFd};
+use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 
 pub use self::device::{KernelDevice, Notices};
@@ -43,7 +44,7 @@ pub trait AddressSpace: DmaTarget {
 /// A device that has been opened.
 #[derive(Debug)]
 pub struct Opened {
-    file: OwnedFd,
+    file: file::DeviceFile,
     /// What must stay open as long as the device is.
     hold: Hold,
 }
@@ -52,5 +53,11 @@ pub struct Opened {
 #[derive(Debug, Clone)]
 enum Hold {
     Group(Arc<type1::Group>),
-    Iommufd(iommufd::Membership),
+    Iommufd(
+        #[expect(
+            dead_code,
+            reason = "the kernel would not let it be destroyed while a device is in it"
+        )]
+        Arc<iommufd::Space>,
+    ),
 }

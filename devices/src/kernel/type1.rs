@@ -15,6 +15,7 @@ use vfio_bindings::bindings::vfio::{
     VFIO_TYPE1v2_IOMMU,
 };
 
+use super::file::DeviceFile;
 use super::info::Type1Info;
 use super::{AddressSpace, Hold, KernelError, KvmFiles, Opened, ioctls};
 use crate::backend::BackendError;
@@ -82,7 +83,7 @@ impl AddressSpace for Type1 {
             file => file.map_err(KernelError::step("open the device in its group"))?,
         };
         Ok(Opened {
-            file,
+            file: DeviceFile::new(file),
             hold: Hold::Group(group),
         })
     }
