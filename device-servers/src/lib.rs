@@ -2,8 +2,11 @@
 //!
 //! * [`demo`]: a device that does everything that a device can do, for demonstrations, tests, and the development of
 //!   clients.
+//!
+//! [`virtio`] is what virtio devices are made with.
 
 #![forbid(unsafe_code)]
 #![warn(clippy::indexing_slicing)]
 
 pub mod demo;
+pub mod virtio;

@@ -126,6 +126,9 @@ impl Container {
         if let Some(group) = state.groups.get(&number).and_then(Weak::upgrade) {
             return Ok(group);
         }
+        state.groups.retain(|_, group| group.strong_count() > 0);
+        // The IOMMU went with the last group, and all that was mapped in it.
+        state.has_iommu &= !state.groups.is_empty();
         let fd = open(&node.path)?;
         let flags = ioctls::group_flags(fd.as_fd())
             .map_err(KernelError::step("tell the state of the device's group"))?;

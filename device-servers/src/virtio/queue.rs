@@ -1,0 +1,171 @@
+//! A queue, as the thread that serves it has it.
+
+use std::num::Wrapping;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use vfio_user_server::{DoorbellEvent, Memory, PageLog, View};
+use virtio_bindings::bindings::virtio_ring::VRING_AVAIL_F_NO_INTERRUPT;
+use virtio_queue::{DescriptorChain, Error, Queue, QueueOwnedT, QueueT};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+
+use super::signals::Signals;
+
+/// A chain of descriptors: a buffer, as the driver has made it available.
+///
+/// It has at most as many descriptors as its table, and may be cut off where it is not valid.
+pub type Chain<'a> = DescriptorChain<&'a GuestMemoryMmap<PageLog>>;
+
+/// A split virtqueue (virtio 1.2, 2.7) that the driver has enabled.
+#[derive(Debug)]
+pub struct VirtQueue {
+    index: u16,
+    queue: Queue,
+    memory: Memory,
+    doorbell: DoorbellEvent,
+    signals: Arc<Signals>,
+    is_broken: bool,
+}
+
+impl VirtQueue {
+    pub(super) fn new(
+        index: u16,
+        queue: Queue,
+        memory: Memory,
+        doorbell: DoorbellEvent,
+        signals: Arc<Signals>,
+    ) -> Self {
+        Self {
+            index,
+            queue,
+            memory,
+            doorbell,
+            signals,
+            is_broken: false,
+        }
+    }
+
+    /// Its number.
+    pub fn index(&self) -> u16 {
+        self.index
+    }
+
+    /// How many entries it has: most buffers that can have been popped and not pushed.
+    pub fn size(&self) -> u16 {
+        self.queue.size()
+    }
+
+    /// What is readable when the driver has notified the device.
+    pub fn doorbell(&self) -> &DoorbellEvent {
+        &self.doorbell
+    }
+
+    /// Guest memory.
+    pub fn memory(&self) -> &Memory {
+        &self.memory
+    }
+
+    /// Takes the next buffer that the driver has made available, if there is one.
+    pub fn pop<'a>(&mut self, view: &'a View) -> Option<Chain<'a>> {
+        if self.is_broken {
+            return None;
+        }
+        match self.try_pop(view) {
+            Ok(chain) => chain,
+            Err(error) => {
+                self.fail(&error);
+                None
+            }
+        }
+    }
+
+    /// Puts the last `count` buffers that were popped back, to be popped again. None of them has been pushed.
+    pub fn unpop(&mut self, count: u16) {
+        let next = self.queue.next_avail().wrapping_sub(count);
+        self.queue.set_next_avail(next);
+    }
+
+    /// Returns a buffer, of which the first `written` bytes of what can be written have been.
+    pub fn push(&mut self, view: &View, head: u16, written: u32) {
+        if self.is_broken {
+            return;
+        }
+        if let Err(error) = self.queue.add_used(&**view, head, written) {
+            self.fail(&error);
+        }
+    }
+
+    /// Interrupts the driver for what has been pushed since the last time, if it wants that.
+    pub fn interrupt(&mut self, view: &View) {
+        if self.is_broken {
+            return;
+        }
+        match self.wants_interrupt(view) {
+            Ok(true) => self.signals.used(self.index),
+            Ok(false) => {}
+            Err(error) => self.fail(&error),
+        }
+    }
+
+    /// Tells the driver that it need not notify.
+    pub fn disable_notifications(&mut self, view: &View) {
+        if !self.is_broken
+            && let Err(error) = self.queue.disable_notification(&**view)
+        {
+            self.fail(&error);
+        }
+    }
+
+    /// Tells the driver to notify. Returns whether there are buffers already, which it may not have notified of.
+    pub fn enable_notifications(&mut self, view: &View) -> bool {
+        if self.is_broken {
+            return false;
+        }
+        let result = self.queue.enable_notification(&**view);
+        result.unwrap_or_else(|error| {
+            self.fail(&error);
+            false
+        })
+    }
+
+    /// Where the next buffers are in the available ring and in the used ring.
+    pub(super) fn position(&self) -> (u16, u16) {
+        (self.queue.next_avail(), self.queue.next_used())
+    }
+
+    fn try_pop<'a>(&mut self, view: &'a View) -> Result<Option<Chain<'a>>, Error> {
+        let memory: &GuestMemoryMmap<PageLog> = view;
+        let available = self.queue.avail_idx(memory, Ordering::Acquire)?;
+        if available == Wrapping(self.queue.next_avail()) {
+            return Ok(None);
+        }
+        let chain = self.queue.iter(memory)?.next();
+        // The ring says that there is one.
+        let chain = chain.ok_or(Error::InvalidAvailRingIndex)?;
+        if chain.head_index() >= self.queue.size() {
+            return Err(Error::InvalidDescriptorIndex);
+        }
+        Ok(Some(chain))
+    }
+
+    fn wants_interrupt(&mut self, view: &View) -> Result<bool, Error> {
+        let memory: &GuestMemoryMmap<PageLog> = view;
+        let wants = self.queue.needs_notification(memory)?;
+        if self.queue.event_idx_enabled() {
+            return Ok(wants);
+        }
+        // The library does not look at the flag of drivers without event index.
+        let flags: u16 = memory
+            .load(GuestAddress(self.queue.avail_ring()), Ordering::Relaxed)
+            .map_err(Error::GuestMemory)?;
+        Ok(u32::from(u16::from_le(flags)) & VRING_AVAIL_F_NO_INTERRUPT == 0)
+    }
+
+    /// Gives the queue up until the device is reset.
+    fn fail(&mut self, error: &Error) {
+        self.is_broken = true;
+        let index = self.index;
+        self.signals
+            .need_reset(&format_args!("queue {index} is not usable: {error}"));
+    }
+}
