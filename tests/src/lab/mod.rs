@@ -3,6 +3,7 @@
 
 mod case;
 mod host;
+mod kernel_log;
 mod monitor;
 mod process;
 mod report;
