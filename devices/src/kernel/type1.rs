@@ -177,11 +177,14 @@ impl AsFd for Group {
 impl Drop for Group {
     fn drop(&mut self) {
         self.container.kvm.remove(self.fd.as_fd());
-        if let Err(error) = ioctls::unset_container(self.fd.as_fd()) {
-            log::debug!(
+        match ioctls::unset_container(self.fd.as_fd()) {
+            // It has left by itself: its last device was taken out of the host.
+            Err(error) if error.raw_os_error() == Some(libc::EINVAL) => {}
+            Err(error) => log::debug!(
                 "group {} does not leave its container: {error}",
                 self.number
-            );
+            ),
+            Ok(()) => {}
         }
     }
 }
