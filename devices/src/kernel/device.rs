@@ -314,3 +314,23 @@ fn describe_irq(
         info => info.map_err(KernelError::step("describe the device's interrupts")),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ids_that_a_virtual_function_does_not_tell_are_shown() {
+        let read = |offset: u64, mut data: [u8; 4], length: usize| {
+            show_ids((0x8086, 0x10ca), offset, &mut data[..length]);
+            data
+        };
+        let all_ones = [0xff; 4];
+        assert_eq!(read(0, all_ones, 4), [0x86, 0x80, 0xca, 0x10]);
+        assert_eq!(read(1, all_ones, 1), [0x80, 0xff, 0xff, 0xff]);
+        assert_eq!(read(2, all_ones, 4), [0xca, 0x10, 0xff, 0xff]);
+        assert_eq!(read(4, all_ones, 4), all_ones);
+        let told = [0x52, 0x4f, 0x34, 0x12];
+        assert_eq!(read(0, told, 4), told);
+    }
+}

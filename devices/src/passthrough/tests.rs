@@ -332,6 +332,23 @@ fn the_rom_answers_while_it_is_enabled() {
     assert_eq!(notes.take(), [Unmap(MEMORY), Unmap(BarIndex::ROM), command]);
 }
 
+/// A virtual function's memory decode reads as always on.
+#[test]
+fn decoding_is_what_the_guest_says_whatever_the_device_reads_as() {
+    let mut device = device(&Notes::default());
+    device.config[0x04] = 2;
+    let (endpoint, notes) = endpoint(device);
+    let command = || config(&endpoint, 0x04) & 0xffff;
+    endpoint.config_write(0x04, &[0, 0]);
+    assert_eq!(notes.take()[..2], [Unmap(MEMORY), Unmap(PORTS)]);
+    assert_eq!(command(), 0);
+    endpoint.config_write(0x04, &[2, 0]);
+    assert_eq!(notes.take().last(), Some(&Map(MEMORY)));
+    endpoint.reset().unwrap();
+    assert_eq!(notes.take()[0], Unmap(MEMORY));
+    assert_eq!(command(), 0);
+}
+
 #[test]
 fn writes_to_memory_are_posted() {
     let (endpoint, notes) = endpoint(device(&Notes::default()));
