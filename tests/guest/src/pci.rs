@@ -152,6 +152,16 @@ impl Device {
         self.set_config(regs::COMMAND, &command.to_le_bytes())
     }
 
+    /// Puts the device into power state D0 or D3, which it has to keep.
+    pub(crate) fn set_power_state(&self, state: u16) -> Result<()> {
+        const STATE: u16 = 3;
+        let register = self.capability(regs::CAP_PM)? + 4;
+        let control = self.config16(register)? & !STATE | state;
+        self.set_config(register, &control.to_le_bytes())?;
+        ensure!(self.config16(register)? & STATE == state);
+        Ok(())
+    }
+
     /// The capabilities in list order: id and offset.
     pub(crate) fn capabilities(&self) -> Result<Vec<(u8, u16)>> {
         let mut found = Vec::new();
@@ -214,8 +224,8 @@ impl Device {
 
     /// A memory BAR, mapped uncached as Linux does it for these files.
     pub(crate) fn map(&self, bar: usize) -> Result<Mapping> {
-        let len = guest::BAR_SIZES.get(bar).copied().unwrap_or_default();
-        let mapping = Mapping::of(&self.resource(bar)?, usize::try_from(len)?);
+        let size = self.bars()?.get(bar).map_or(0, |bar| bar.size);
+        let mapping = Mapping::of(&self.resource(bar)?, usize::try_from(size)?);
         mapping.with_context(|| format!("mapping BAR {bar}"))
     }
 
@@ -223,11 +233,7 @@ impl Device {
     pub(crate) fn bind(&self, driver: &str) -> Result<()> {
         fs::write(self.folder.join("driver_override"), driver)?;
         fs::write("/sys/bus/pci/drivers_probe", &self.name)?;
-        ensure!(
-            self.folder.join("driver").exists(),
-            "{driver} did not take {}",
-            self.name
-        );
+        ensure!(self.is_bound(), "{driver} did not take {}", self.name);
         Ok(())
     }
 
@@ -235,6 +241,11 @@ impl Device {
     pub(crate) fn unbind(&self) -> Result<()> {
         fs::write(self.folder.join("driver/unbind"), &self.name)?;
         Ok(())
+    }
+
+    /// Whether it has a driver.
+    pub(crate) fn is_bound(&self) -> bool {
+        self.folder.join("driver").exists()
     }
 
     /// The number of the UIO device that drives this one.

@@ -1,29 +1,55 @@
 //! Work on all devices at once, for a test that does something to them meanwhile.
 //!
-//! Each device has a thread, on CPU `N` modulo the number of CPUs, that writes and reads a register again and again. It
-//! prints `STATE N alive`, or `STATE N dead VVVVDDDD` with what its ids read as, whenever that changes. Every second
-//! `WORK N COUNT LONGEST` says how often the device was found alive so far, and how many milliseconds its longest access
-//! in that second took. It ends when the power button is pressed.
+//! Device `N` of all [`kinds`] has a thread, on CPU `N` modulo the number of CPUs, that uses it again and again: it
+//! writes and reads a register, or reads from a disk. It prints `STATE N alive`, or `STATE N dead VVVVDDDD` with what its
+//! ids read as, whenever that changes. Every second `WORK N COUNT LONGEST` says how often the device was found alive so
+//! far, and how many milliseconds its longest access in that second took. It ends when the power button is pressed.
 
 use std::fs::File;
 use std::io::Read;
+use std::os::unix::fs::FileExt;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::{self, RecvTimeoutError};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
-use guest::SCRATCH;
+use guest::{DEVICE, SCRATCH, VENDOR};
 use rustix::thread::{CpuSet, sched_setaffinity};
 
 use crate::checks::at;
 use crate::interrupts;
+use crate::mapping::Mapping;
+use crate::passthrough::{E1000E, EDU, NVME, edu, nvme};
 use crate::pci::{Device, regs};
 
-/// Works on all test devices until the power button is pressed.
+/// The devices, by their ids, and how each is used. There is one disk at most.
+fn kinds() -> [((u16, u16), Use); 4] {
+    /// In the table of multicast addresses.
+    const E1000E_MULTICAST: usize = 0x5200;
+    [
+        ((VENDOR, DEVICE), Use::Register(at(SCRATCH), |value| value)),
+        (EDU, Use::Register(edu::INVERTED, |value| !value)),
+        (E1000E, Use::Register(E1000E_MULTICAST, |value| value)),
+        (NVME, Use::Disk),
+    ]
+}
+
+/// How a device is used.
+#[derive(Debug, Clone, Copy)]
+enum Use {
+    /// By a register in BAR 0: its offset, and what it reads as after a value was written.
+    Register(usize, fn(u32) -> u32),
+    Disk,
+}
+
+/// Works on all devices until the power button is pressed.
 pub(crate) fn until_button() -> Result<()> {
-    let devices = Device::all()?;
-    let workers: Vec<_> = devices.iter().map(Worker::new).collect();
+    let mut workers = Vec::new();
+    for (ids, how) in kinds() {
+        let devices = Device::with_ids(ids)?.into_iter();
+        workers.extend(devices.map(|device| Worker::new(device, how)));
+    }
     let cpus = interrupts::cpus()?.len();
     let button = button()?;
     thread::scope(|scope| {
@@ -60,17 +86,29 @@ fn button() -> Result<mpsc::Receiver<()>> {
 }
 
 #[derive(Debug)]
-struct Worker<'a> {
-    device: &'a Device,
+struct Worker {
+    device: Device,
+    how: Use,
     count: AtomicU64,
     longest: AtomicU64,
     is_over: AtomicBool,
 }
 
-impl<'a> Worker<'a> {
-    fn new(device: &'a Device) -> Self {
+/// What is used of a device.
+enum Tool {
+    Register(Mapping, usize, fn(u32) -> u32),
+    Disk(File, Box<Block>),
+}
+
+/// What is read from a disk at a time, aligned as that needs it.
+#[repr(align(4096))]
+struct Block([u8; 4096]);
+
+impl Worker {
+    fn new(device: Device, how: Use) -> Self {
         Self {
             device,
+            how,
             count: AtomicU64::new(0),
             longest: AtomicU64::new(0),
             is_over: AtomicBool::new(false),
@@ -81,16 +119,14 @@ impl<'a> Worker<'a> {
         let mut cpus = CpuSet::new();
         cpus.set(cpu);
         sched_setaffinity(None, &cpus)?;
-        self.device.command(regs::COMMAND_MEMORY, 0)?;
-        let registers = self.device.map(0)?;
-        let scratch = at(SCRATCH);
+        let mut tool = self.tool()?;
         let mut was_alive = None;
-        for value in (0..u32::MAX).cycle() {
+        // Neither a value nor its inverse is what a device reads as that is not there.
+        for value in (1..u32::MAX).cycle() {
             if self.is_over.load(Ordering::Relaxed) {
                 break;
             }
-            self.timed(|| registers.write(scratch, value));
-            let is_alive = self.timed(|| registers.read::<u32>(scratch)) == value;
+            let is_alive = self.is_alive(&mut tool, value);
             self.count.fetch_add(is_alive.into(), Ordering::Relaxed);
             if was_alive.replace(is_alive) != Some(is_alive) {
                 if is_alive {
@@ -101,6 +137,34 @@ impl<'a> Worker<'a> {
             }
         }
         Ok(())
+    }
+
+    fn tool(&self) -> Result<Tool> {
+        match self.how {
+            Use::Register(offset, answer) => {
+                // A driver does not share the memory.
+                if self.device.is_bound() {
+                    self.device.unbind()?;
+                }
+                self.device.command(regs::COMMAND_MEMORY, 0)?;
+                Ok(Tool::Register(self.device.map(0)?, offset, answer))
+            }
+            Use::Disk => Ok(Tool::Disk(nvme::open()?, Box::new(Block([0; 4096])))),
+        }
+    }
+
+    fn is_alive(&self, tool: &mut Tool, value: u32) -> bool {
+        match tool {
+            Tool::Register(registers, offset, answer) => {
+                self.timed(|| registers.write(*offset, value));
+                self.timed(|| registers.read::<u32>(*offset)) == answer(value)
+            }
+            Tool::Disk(disk, block) => {
+                let place = u64::from(value % 1024) * 4096;
+                self.timed(|| disk.read_exact_at(&mut block.0, place))
+                    .is_ok()
+            }
+        }
     }
 
     fn timed<T>(&self, access: impl FnOnce() -> T) -> T {

@@ -14,7 +14,8 @@ use crate::mapping::Mapping;
 use crate::pci::{Device, regs};
 
 const ID: usize = 0x00;
-const INVERTED: usize = 0x04;
+/// Reads as the inverse of what was written.
+pub(crate) const INVERTED: usize = 0x04;
 const FACTORIAL: usize = 0x08;
 const STATUS: usize = 0x20;
 const INTERRUPT_STATUS: usize = 0x24;
@@ -46,6 +47,20 @@ pub(super) fn registers(device: &Device) -> Result<()> {
     registers.write(FACTORIAL, 10_u32);
     interrupts::wait_for("the factorial", || Ok(!is_computing(&registers)))?;
     ensure!(registers.read::<u32>(FACTORIAL) == 3_628_800);
+    Ok(())
+}
+
+/// Its registers are there while memory decode is on, and keep what they hold.
+pub(super) fn decode(device: &Device) -> Result<()> {
+    let registers = map(device)?;
+    for value in [0x600d_u32, 0xcafe] {
+        registers.write(INVERTED, value);
+        device.command(0, regs::COMMAND_MEMORY)?;
+        ensure!(registers.read::<u32>(INVERTED) == u32::MAX, "it answers");
+        registers.write(INVERTED, 0_u32);
+        device.command(regs::COMMAND_MEMORY, 0)?;
+        ensure!(registers.read::<u32>(INVERTED) == !value, "it has changed");
+    }
     Ok(())
 }
 
@@ -165,5 +180,5 @@ fn is_computing(registers: &Mapping) -> bool {
 
 fn map(device: &Device) -> Result<Mapping> {
     device.command(regs::COMMAND_MEMORY | regs::COMMAND_MASTER, 0)?;
-    Ok(Mapping::of(&device.resource(0)?, 1 << 20)?)
+    device.map(0)
 }

@@ -1,9 +1,9 @@
 //! What a guest checks about devices that the host has given to it: with the drivers that Linux has for them, and
 //! `edu`, which has none, by hand. `RESULT address.check` says how it went, with the device's address on the bus.
 
-mod edu;
+pub(crate) mod edu;
 mod network;
-mod nvme;
+pub(crate) mod nvme;
 mod uart;
 
 use std::fs;
@@ -20,17 +20,19 @@ struct Check {
     run: fn(&Device) -> Result<()>,
 }
 
-const EDU: (u16, u16) = (0x1234, 0x11e8);
-const NVME: (u16, u16) = (0x1b36, 0x0010);
-const E1000E: (u16, u16) = (0x8086, 0x10d3);
+pub(crate) const EDU: (u16, u16) = (0x1234, 0x11e8);
+pub(crate) const NVME: (u16, u16) = (0x1b36, 0x0010);
+pub(crate) const E1000E: (u16, u16) = (0x8086, 0x10d3);
 const MTTY: (u16, u16) = (0x4348, 0x3253);
 
 /// Every check, in the order in which they run.
-const ALL: [Check; 10] = [
+const ALL: &[Check] = &[
     check("edu", EDU, edu::registers),
     check("edu-dma", EDU, edu::dma),
     check("edu-msi", EDU, edu::msi),
     check("edu-intx", EDU, edu::intx),
+    check("edu-decode", EDU, edu::decode),
+    check("nvme-sleep", NVME, nvme::sleep),
     check("nvme", NVME, nvme::file_system),
     check("e1000e-io", E1000E, network::io),
     check("e1000e-msix", E1000E, network::msix),
