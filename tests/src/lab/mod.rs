@@ -2,6 +2,7 @@
 //! suite that runs the cases. Nothing in here sleeps for a fixed time: a test waits for an event, up to a deadline.
 
 mod case;
+mod counters;
 mod host;
 mod kernel_log;
 mod monitor;
@@ -10,6 +11,7 @@ mod report;
 mod suite;
 
 pub use self::case::{BOOT, Case, Images, NOBODY, SOON, user_device};
+pub use self::counters::{Counters, Trips};
 pub use self::host::{HostDevice, Mtty, join_wire};
 pub use self::monitor::Monitor;
 pub use self::process::{Exit, Line, Process, Stream};

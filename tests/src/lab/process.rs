@@ -151,6 +151,11 @@ impl Process {
         }
     }
 
+    /// The number by which the kernel knows it.
+    pub fn id(&self) -> i32 {
+        self.pid.as_raw_pid()
+    }
+
     /// The lines so far.
     pub fn lines(&self) -> &[Line] {
         &self.lines

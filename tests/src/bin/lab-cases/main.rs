@@ -1,5 +1,6 @@
 //! The cases that need real kernels. Runs inside the lab; `tests/lab/README.md` says how to add one.
 
+mod at_work;
 mod backend;
 mod boot;
 mod endings;
@@ -9,6 +10,7 @@ mod refusals;
 mod serial;
 mod servers;
 mod vfio_command;
+mod work;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -53,5 +55,7 @@ fn main() -> ExitCode {
     suite.run("terminal-sigterm", serial::terminal_sigterm);
     suite.run("terminal-escape", serial::terminal_escape);
     suite.run("passthrough-all", passthrough::all_kinds);
+    suite.run("passthrough-group", passthrough::shared_group);
+    suite.run("passthrough-lost", at_work::lost);
     suite.close()
 }

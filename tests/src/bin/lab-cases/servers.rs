@@ -1,12 +1,14 @@
 //! Device servers: one that nobody here wrote, and those that misbehave.
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use rustix::process::Signal;
 use tests::foreign::ForeignDevice;
-use tests::lab::{BOOT, Case, Process, Report, SOON, Stream, user_device};
+use tests::lab::{BOOT, Case, Report, SOON, user_device};
 use tests::truncator;
+
+use crate::work::{Work, are_lost, await_work};
 
 /// A server truncates the file behind a BAR: KVM_RUN fails when the guest touches it, and the guest goes on without it.
 pub(crate) fn truncated_bar(case: &mut Case<'_>) -> Result<()> {
@@ -63,12 +65,16 @@ pub(crate) fn killed_and_stopped(case: &mut Case<'_>) -> Result<()> {
 
     killed.signal(Signal::KILL)?;
     vm.wait_for("STATE 0 dead ffffffff", SOON)?;
-    let [_, one, two] = work(&mut vm)?;
+    let [_, one, two] = Work::next(&mut vm)?;
     await_work(&mut vm, [0, one.count + 1, two.count + 1]).context("one server was killed")?;
 
     stopped.signal(Signal::STOP)?;
     vm.wait_for("STATE 1 dead", SOON)?;
-    let [before, hung, later] = [work(&mut vm)?, work(&mut vm)?, work(&mut vm)?];
+    let [before, hung, later] = [
+        Work::next(&mut vm)?,
+        Work::next(&mut vm)?,
+        Work::next(&mut vm)?,
+    ];
     ensure!(
         before[1].count == later[1].count && later[1].longest < 2 * DEADLINE,
         "a stopped device answers, or never: {later:?}"
@@ -81,7 +87,7 @@ pub(crate) fn killed_and_stopped(case: &mut Case<'_>) -> Result<()> {
 
     stopped.signal(Signal::CONT)?;
     vm.wait_for("STATE 1 alive", SOON)?;
-    let [_, one, two] = work(&mut vm)?;
+    let [_, one, two] = Work::next(&mut vm)?;
     await_work(&mut vm, [0, one.count + 1, two.count + 1]).context("the server goes on")?;
 
     stopped.signal(Signal::STOP)?;
@@ -90,62 +96,5 @@ pub(crate) fn killed_and_stopped(case: &mut Case<'_>) -> Result<()> {
     vm.wait_for("Power down", SOON)?;
     let exit = vm.wait(SOON)?;
     ensure!(exit.status.success(), "after power off: {}", exit.status);
-    is_lost_once(&vm, "killed")
-}
-
-/// What the guest says about its work on a device.
-#[derive(Clone, Copy, Debug)]
-struct Work {
-    count: u64,
-    longest: Duration,
-}
-
-/// The guest's next words about its work on three devices.
-fn work(vm: &mut Process) -> Result<[Work; 3]> {
-    let mut one = |number: usize| -> Result<Work> {
-        let prefix = format!("WORK {number} ");
-        let line = vm.wait_for(&prefix, SOON)?;
-        let numbers = line
-            .text
-            .strip_prefix(&prefix)
-            .and_then(|text| text.split_once(' '));
-        let (count, longest) = numbers.with_context(|| line.text.clone())?;
-        Ok(Work {
-            count: count.parse()?,
-            longest: Duration::from_millis(longest.parse()?),
-        })
-    };
-    Ok([one(0)?, one(1)?, one(2)?])
-}
-
-/// Waits until each device was used so often.
-fn await_work(vm: &mut Process, counts: [u64; 3]) -> Result<()> {
-    let deadline = Instant::now() + SOON;
-    loop {
-        let work = work(vm)?;
-        if work
-            .iter()
-            .zip(counts)
-            .all(|(work, count)| work.count >= count)
-        {
-            return Ok(());
-        }
-        ensure!(Instant::now() < deadline, "{work:?} and not {counts:?}");
-    }
-}
-
-/// Whether the log says once that a device is lost, and of no other.
-fn is_lost_once(vm: &Process, id: &str) -> Result<()> {
-    let errors = vm
-        .lines()
-        .iter()
-        .filter(|line| line.stream == Stream::Error);
-    let lost: Vec<_> = errors
-        .filter(|line| line.text.contains("the guest reads all-ones"))
-        .collect();
-    ensure!(
-        matches!(lost[..], [line] if line.text.contains(&format!("{id}:"))),
-        "lost: {lost:?}"
-    );
-    Ok(())
+    are_lost(&vm, &["killed: "])
 }
