@@ -29,6 +29,10 @@ unit: ## Runs the tests that need no Linux guest
 
 lab: programs ## Runs the cases that boot Linux guests
 	@tests/lab/mtty.sh
+ifndef CASES
+	@LAB_PARAMETERS=intel_iommu=off tests/lab/run.sh 120 $(RELEASE)/lab-cases no-iommu
+	@LAB_PARAMETERS=nointremap tests/lab/run.sh 120 $(RELEASE)/lab-cases no-remapping
+endif
 	@tests/lab/run.sh $(LAB_DEADLINE) $(RELEASE)/lab-cases $(CASES)
 
 peer: setup ## Boots Linux guests with the demo device in QEMU 11.1, a vfio-user client that nobody here wrote

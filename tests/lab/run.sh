@@ -6,6 +6,7 @@
 # The command sees a copy-on-write view of this machine's file system, starts in the current folder, and has no input;
 # its output and its exit status become this script's. What it writes is lost, except in target/lab/logs, where the
 # lab kernel's console is kept too. 124 says that SECONDS have passed, 125 that the lab itself failed.
+# LAB_PARAMETERS is added to the lab kernel's command line.
 set -euo pipefail
 
 deadline=$1
@@ -53,7 +54,7 @@ boot() {
         -machine q35,kernel-irqchip=split -accel tcg,thread=single -smp 1 -m "$memory" \
         -cpu EPYC,+svm,+npt,check=off,-xsave,-avx,-avx2,-fma,-f16c \
         -kernel "$lab/kernels/host/vmlinuz" -initrd "$lab/images/host.cpio" \
-        -append "console=ttyS0 panic=-1 mitigations=off intel_iommu=on lab_logs=$logs" \
+        -append "console=ttyS0 panic=-1 mitigations=off intel_iommu=on lab_logs=$logs ${LAB_PARAMETERS:-}" \
         -device intel-iommu,intremap=on,caching-mode=on \
         -drive "file=$lab/nvme.img,if=none,id=nvme,format=raw" -readconfig "$here/devices.cfg" \
         -virtfs local,path=/,mount_tag=host,security_model=none,readonly=on,multidevs=remap \

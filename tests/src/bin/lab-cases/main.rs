@@ -12,6 +12,7 @@ mod servers;
 mod vfio_command;
 mod work;
 
+use std::fs;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
@@ -36,6 +37,13 @@ fn main() -> ExitCode {
     suite.run("vfio-there-and-back", vfio_command::there_and_back);
     suite.run("vfio-shared-group", vfio_command::shared_group);
     suite.run("refusals", refusals::all);
+    // In labs of their own: see `make lab`.
+    if has_parameter("intel_iommu=off") {
+        suite.run("no-iommu", refusals::no_iommu);
+    }
+    if has_parameter("nointremap") {
+        suite.run("no-remapping", refusals::no_remapping);
+    }
     suite.run("backend-contract", backend::contract);
     suite.run("truncated-bar", servers::truncated_bar);
     suite.run("foreign-device", servers::foreign_device);
@@ -58,4 +66,10 @@ fn main() -> ExitCode {
     suite.run("passthrough-group", passthrough::shared_group);
     suite.run("passthrough-lost", at_work::lost);
     suite.close()
+}
+
+/// Whether the lab's kernel was started with this parameter.
+fn has_parameter(parameter: &str) -> bool {
+    let line = fs::read_to_string("/proc/cmdline").unwrap_or_default();
+    line.split_whitespace().any(|word| word == parameter)
 }

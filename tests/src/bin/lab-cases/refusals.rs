@@ -29,6 +29,23 @@ pub(crate) fn all(case: &mut Case<'_>) -> Result<()> {
     in_use(case, &kernel, &device).context("in use")
 }
 
+/// A host whose IOMMU is off.
+pub(crate) fn no_iommu(case: &mut Case<'_>) -> Result<()> {
+    kernel(case)?.refused(case, &[EDU], &["IOMMU is off", "intel_iommu=on"])
+}
+
+/// A host whose IOMMU lets devices interrupt it as they like.
+pub(crate) fn no_remapping(case: &mut Case<'_>) -> Result<()> {
+    let device = HostDevice::at(EDU)?;
+    device.bind("vfio-pci")?;
+    let parts = [
+        "does not remap interrupts",
+        "firmware",
+        "allow_unsafe_interrupts=1",
+    ];
+    kernel(case)?.refused(case, &[EDU], &parts)
+}
+
 /// What is no device, or the same device again.
 fn names(case: &Case<'_>, kernel: &Kernel) -> Result<()> {
     const ALL: &str = "`outrigger vfio list --all`";
