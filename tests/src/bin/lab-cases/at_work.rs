@@ -66,7 +66,7 @@ fn show_times(vm: &Process) {
 
 /// Neither accesses to what is mapped nor interrupts make the VMM do anything.
 fn no_trips(vm: &mut Process) -> Result<()> {
-    const ACCESSES: u64 = 20_000;
+    const ACCESSES: u64 = 5_000;
     const INTERRUPTS: u64 = 500;
     let counters = Counters::of(vm)?;
     let [edu, e1000e, nvme] = Work::next(vm)?.map(|work| work.count);
