@@ -11,15 +11,20 @@ SKIPPED := $(CURDIR)/target/skipped-tests
 RELEASE := target/release
 PROGRAMS := --package vmm --bin outrigger --package tests --bin lab-cases --bin bench
 
-.PHONY: help demo test unit lab peer setup programs bench lint clean
+.PHONY: help demo test test-iommufd unit lab peer setup programs bench lint clean
 
 help: ## Shows this list
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1\t\2/p' $(MAKEFILE_LIST)
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' $(MAKEFILE_LIST)
 
 demo: programs ## Boots a stock Debian kernel with a vfio-user device and shows the guest using it
 	@tests/lab/demo.sh
 
 test: unit lab peer ## Runs every test: unit, property, tiny guests on /dev/kvm, and Linux guests in the lab and in QEMU
+
+test-iommufd: programs ## Builds a kernel with iommufd, once, and runs the cases of the host's devices in a lab with it
+	@tests/lab/iommufd.sh
+	@LAB_HOST=iommufd tests/lab/run.sh $(LAB_DEADLINE) $(RELEASE)/lab-cases \
+	    $(or $(CASES),iommufd passthrough backend refusals vfio)
 
 unit: ## Runs the tests that need no Linux guest
 	@mkdir -p target && : >$(SKIPPED)

@@ -6,6 +6,7 @@
 # The command sees a copy-on-write view of this machine's file system, starts in the current folder, and has no input;
 # its output and its exit status become this script's. What it writes is lost, except in target/lab/logs, where the
 # lab kernel's console is kept too. 124 says that SECONDS have passed, 125 that the lab itself failed.
+# LAB_HOST names the lab's kernel, of those in target/lab/kernels: `host`, which is Debian's, or `iommufd`.
 # LAB_PARAMETERS is added to the lab kernel's command line.
 set -euo pipefail
 
@@ -15,6 +16,7 @@ here=$(cd "$(dirname "$0")" && pwd)
 lab=$(cd "$here/../.." && pwd)/target/lab
 logs=$lab/logs
 memory=${LAB_MEMORY:-6G}
+host=${LAB_HOST:-host}
 
 mkdir -p "$logs"
 exec {lock}>"$lab/lock"
@@ -53,8 +55,8 @@ boot() {
         -nodefaults -no-user-config -display none -no-reboot \
         -machine q35,kernel-irqchip=split -accel tcg,thread=single -smp 1 -m "$memory" \
         -cpu EPYC,+svm,+npt,check=off,-xsave,-avx,-avx2,-fma,-f16c \
-        -kernel "$lab/kernels/host/vmlinuz" -initrd "$lab/images/host.cpio" \
-        -append "console=ttyS0 panic=-1 mitigations=off intel_iommu=on lab_logs=$logs ${LAB_PARAMETERS:-}" \
+        -kernel "$lab/kernels/$host/vmlinuz" -initrd "$lab/images/host.cpio" \
+        -append "console=ttyS0 panic=-1 mitigations=off intel_iommu=on lab_host=$host lab_logs=$logs ${LAB_PARAMETERS:-}" \
         -device intel-iommu,intremap=on,caching-mode=on \
         -drive "file=$lab/nvme.img,if=none,id=nvme,format=raw" -readconfig "$here/devices.cfg" \
         -virtfs local,path=/,mount_tag=host,security_model=none,readonly=on,multidevs=remap \

@@ -1,8 +1,8 @@
 //! A program that a test has started.
 
-use std::fs::File;
+use std::fs::{self, File};
 use std::io::{BufRead, BufReader, Read, Write};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Command, ExitStatus, Stdio};
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
 use std::thread::{self, JoinHandle};
@@ -171,6 +171,19 @@ impl Process {
             bail!("it has ended with {}", exit.status);
         }
         kill_process(self.pid, signal).context("sending a signal")
+    }
+
+    /// The files that it has open.
+    ///
+    /// # Errors
+    /// When it has ended.
+    pub fn open_files(&self) -> Result<Vec<PathBuf>> {
+        let folder = format!("/proc/{}/fd", self.pid.as_raw_pid());
+        // It may close some meanwhile.
+        let links = fs::read_dir(folder)?
+            .flatten()
+            .map(|entry| fs::read_link(entry.path()));
+        Ok(links.flatten().collect())
     }
 
     fn next(&mut self, deadline: Instant) -> Result<()> {

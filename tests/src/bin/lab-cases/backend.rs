@@ -7,14 +7,36 @@ use std::sync::Arc;
 use anyhow::{Context as _, Result, ensure};
 use devices::Irq;
 use devices::host::Sysfs;
-use devices::kernel::{AddressSpace, KernelDevice, KvmFiles, Type1};
+use devices::kernel::{AddressSpace, Iommufd, KernelDevice, KernelError, KvmFiles, Type1};
 use pci::BarIndex;
 use tests::backend_contract::{self, Subject};
 use tests::lab::{Case, HostDevice};
 
+const EDU: &str = "0000:01:00.0";
+
+/// A way to get at a device.
+type Way = fn() -> Result<Box<dyn AddressSpace>, KernelError>;
+
 /// A real device keeps the contract of backends, and can be had again afterwards.
 pub(crate) fn contract(_: &mut Case<'_>) -> Result<()> {
-    const EDU: &str = "0000:01:00.0";
+    check(&[by_group])
+}
+
+/// The same by iommufd, after others have had it by its group, and the other way round.
+pub(crate) fn contract_by_iommufd(_: &mut Case<'_>) -> Result<()> {
+    check(&[by_group, by_iommufd])
+}
+
+fn by_group() -> Result<Box<dyn AddressSpace>, KernelError> {
+    Ok(Box::new(Type1::new(Arc::new(NoVm))?))
+}
+
+fn by_iommufd() -> Result<Box<dyn AddressSpace>, KernelError> {
+    Ok(Box::new(Iommufd::new(Arc::new(NoVm))?))
+}
+
+/// Puts a device to the test twice in each of these ways, while it cannot be had in any other.
+fn check(ways: &[Way]) -> Result<()> {
     const BAR0: BarIndex = BarIndex::ALL[0];
     let host = HostDevice::at(EDU)?;
     host.bind("vfio-pci")?;
@@ -33,12 +55,14 @@ pub(crate) fn contract(_: &mut Case<'_>) -> Result<()> {
         control: (0, 0),
         vectors: [1, 1, 0],
     };
-    for _ in 0..2 {
-        let space = Type1::new(Arc::new(NoVm))?;
+    for way in [ways, ways].concat() {
+        let space = way()?;
         let opened = space.open(EDU, &ready)?;
-        let other = Type1::new(Arc::new(NoVm))?.open(EDU, &ready);
-        let refused = other.err().context("it was opened twice")?.to_string();
-        ensure!(refused.contains("in use"), "{refused}");
+        for other in ways {
+            let refused = other()?.open(EDU, &ready).err();
+            let refused = refused.context("it was opened twice")?.to_string();
+            ensure!(refused.contains("in use"), "{refused}");
+        }
         let device = KernelDevice::new("edu", opened, found.ids())?;
         backend_contract::check(&device, &subject)?;
     }

@@ -4,6 +4,7 @@ mod at_work;
 mod backend;
 mod boot;
 mod endings;
+mod iommufd;
 mod no_kvm;
 mod passthrough;
 mod refusals;
@@ -65,6 +66,12 @@ fn main() -> ExitCode {
     suite.run("passthrough-all", passthrough::all_kinds);
     suite.run("passthrough-group", passthrough::shared_group);
     suite.run("passthrough-lost", at_work::lost);
+    // Debian's kernels have none: see `make test-iommufd`.
+    if iommufd::is_there() {
+        suite.run("iommufd-contract", backend::contract_by_iommufd);
+        suite.run("iommufd-descriptors", iommufd::descriptors);
+        suite.run("iommufd-off-and-on", iommufd::off_and_on);
+    }
     suite.close()
 }
 

@@ -4,6 +4,8 @@ use anyhow::{Context, Result, ensure};
 use rustix::process::Signal;
 use tests::lab::{BOOT, Case, HostDevice, Mtty, Process, Report, SOON, join_wire};
 
+use crate::iommufd;
+
 pub(crate) const EDU: &str = "0000:01:00.0";
 pub(crate) const NVME: &str = "0000:02:00.0";
 pub(crate) const E1000E: &str = "0000:03:00.0";
@@ -38,6 +40,7 @@ pub(crate) fn all_kinds(case: &mut Case<'_>) -> Result<()> {
 
     let mut vm = case.start(&mut command)?;
     let first = Report::wait(&mut vm, BOOT)?;
+    iommufd::is_used(&vm, iommufd::is_there())?;
     let second = Report::wait(&mut vm, BOOT)?;
     end(&mut vm)?;
     first.passed(1, &CHECKS)?;

@@ -2,13 +2,15 @@
 
 use std::fs::{self, File, Permissions};
 use std::os::unix::fs::{PermissionsExt, chown};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::Command;
 
 use anyhow::{Context, Result, ensure};
 use rustix::process::Signal;
 use tests::lab::{Case, HostDevice, NOBODY, SOON};
 use tests::tiny;
+
+use crate::iommufd;
 
 const EDU: &str = "0000:01:00.0";
 const NVME: &str = "0000:02:00.0";
@@ -24,7 +26,7 @@ pub(crate) fn all(case: &mut Case<'_>) -> Result<()> {
     shared_group(case, &kernel).context("a shared group")?;
     let device = HostDevice::at(EDU)?;
     device.bind("vfio-pci")?;
-    iommufd(case, &kernel).context("iommufd")?;
+    no_iommufd(case, &kernel).context("iommufd")?;
     users(case, &kernel, &device).context("users")?;
     in_use(case, &kernel, &device).context("in use")
 }
@@ -88,8 +90,8 @@ fn shared_group(case: &Case<'_>, kernel: &Kernel) -> Result<()> {
 }
 
 /// Debian's kernels have none.
-fn iommufd(case: &Case<'_>, kernel: &Kernel) -> Result<()> {
-    if Path::new("/dev/iommu").exists() {
+fn no_iommufd(case: &Case<'_>, kernel: &Kernel) -> Result<()> {
+    if iommufd::is_there() {
         return Ok(());
     }
     let mut command = kernel.command(case.outrigger(), &[EDU]);
@@ -112,18 +114,27 @@ fn users(case: &Case<'_>, kernel: &Kernel, device: &HostDevice) -> Result<()> {
     refused(&["no permission", &file, "chown $USER"])?;
     chown(&group, Some(NOBODY), None)?;
     // 64 MiB; without a privilege, Linux lets a process lock 8.
-    refused(&[
+    let parts = [
         "67108864 bytes",
         "RLIMIT_MEMLOCK",
         "ulimit -l",
         "may lock 8388608",
-    ])
+    ];
+    refused(&parts)?;
+    if !iommufd::is_there() {
+        return Ok(());
+    }
+    chown(iommufd::node(device.path())?, Some(NOBODY), None)?;
+    refused(&parts)
 }
 
 /// A device that somebody else has: a program, and another VM.
 fn in_use(case: &Case<'_>, kernel: &Kernel, device: &HostDevice) -> Result<()> {
     let group = device.group_file()?;
-    let file = group.display().to_string();
+    let file = match iommufd::is_there() {
+        true => iommufd::node(device.path())?,
+        false => group.display().to_string(),
+    };
     let parts = [&file, "in use: by another VM", "fuser"];
     let holder = File::options().read(true).write(true).open(&group)?;
     kernel.refused(case, &[EDU], &parts)?;
