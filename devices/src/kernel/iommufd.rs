@@ -1,6 +1,6 @@
 //! Devices by their own files, in an address space of an iommufd: what newer kernels have.
 
-use std::fs::File;
+use std::fs::{self, File};
 use std::io;
 use std::ops::RangeInclusive;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
@@ -63,7 +63,8 @@ impl Iommufd {
         // From here on, closing it undoes everything.
         let file = DeviceFile::known_to(&self.kvm, file)
             .map_err(KernelError::step("tell KVM of the device"))?;
-        ioctls::bind_iommufd(file.as_fd(), self.space.iommufd.as_ref()).map_err(no_bind)?;
+        ioctls::bind_iommufd(file.as_fd(), self.space.iommufd.as_ref())
+            .map_err(|source| no_bind(&file, source))?;
         ioctls::attach_iommufd(file.as_fd(), self.space.ioas.id()).map_err(KernelError::step(
             "put the device behind the IOMMU of the VM's other devices",
         ))?;
@@ -141,15 +142,19 @@ impl std::fmt::Debug for Space {
     }
 }
 
-fn no_bind(source: io::Error) -> KernelError {
+fn no_bind(file: &File, source: io::Error) -> KernelError {
     match source.raw_os_error() {
         Some(libc::EPERM) => KernelError::NotOurs,
         // By its group, or by this file.
-        Some(libc::EBUSY | libc::EINVAL) => KernelError::InUse {
-            device: "the device".into(),
-        },
+        Some(libc::EBUSY | libc::EINVAL) => KernelError::InUse { device: path(file) },
         _ => KernelError::step("bind the device to the iommufd")(source),
     }
+}
+
+/// Where a file is.
+fn path(file: &File) -> String {
+    let link = format!("/proc/self/fd/{}", file.as_raw_fd());
+    fs::read_link(&link).map_or(link, |path| path.display().to_string())
 }
 
 fn failed(step: &'static str) -> impl Fn(IommufdError) -> KernelError {
