@@ -120,7 +120,7 @@ impl Worker {
         cpus.set(cpu);
         sched_setaffinity(None, &cpus)?;
         let mut tool = self.tool()?;
-        let mut was_alive = None;
+        let mut last = None;
         // Neither a value nor its inverse is what a device reads as that is not there.
         for value in (1..u32::MAX).cycle() {
             if self.is_over.load(Ordering::Relaxed) {
@@ -128,11 +128,15 @@ impl Worker {
             }
             let is_alive = self.is_alive(&mut tool, value);
             self.count.fetch_add(is_alive.into(), Ordering::Relaxed);
-            if was_alive.replace(is_alive) != Some(is_alive) {
-                if is_alive {
-                    println!("STATE {number} alive");
-                } else {
-                    println!("STATE {number} dead {:08x}", self.device.config32(0)?);
+            // A device that its host resets may be found dead before the VMM has heard of that.
+            let ids = match is_alive {
+                true => None,
+                false => Some(self.device.config32(0)?),
+            };
+            if last.replace(ids) != Some(ids) {
+                match ids {
+                    None => println!("STATE {number} alive"),
+                    Some(ids) => println!("STATE {number} dead {ids:08x}"),
                 }
             }
         }
