@@ -11,7 +11,7 @@ SKIPPED := $(CURDIR)/target/skipped-tests
 RELEASE := target/release
 PROGRAMS := --package vmm --bin outrigger --package tests --bin lab-cases --bin bench
 
-.PHONY: help demo test test-iommufd unit lab peer setup programs bench lint clean
+.PHONY: help demo test test-iommufd unit lab vf peer setup programs bench lint clean
 
 help: ## Shows this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' $(MAKEFILE_LIST)
@@ -19,7 +19,7 @@ help: ## Shows this list
 demo: programs ## Boots a stock Debian kernel with a vfio-user device and shows the guest using it
 	@tests/lab/demo.sh
 
-test: unit lab peer ## Runs every test: unit, property, tiny guests on /dev/kvm, and Linux guests in the lab and in QEMU
+test: unit lab vf peer ## Runs every test: unit, property, tiny guests on /dev/kvm, and Linux guests in the lab and in QEMU
 
 test-iommufd: programs ## Builds a kernel with iommufd, once, and runs the cases of the host's devices in a lab with it
 	@tests/lab/iommufd.sh
@@ -39,6 +39,13 @@ ifndef CASES
 	@LAB_PARAMETERS=nointremap tests/lab/run.sh 120 $(RELEASE)/lab-cases no-remapping
 endif
 	@tests/lab/run.sh $(LAB_DEADLINE) $(RELEASE)/lab-cases $(CASES)
+
+vf: programs ## Gives a guest a virtual function of a network card, in a lab that QEMU 11.1 runs
+	@if tests/lab/qemu-peer.sh; then \
+	    LAB_QEMU=target/lab/qemu-peer/qemu tests/lab/run.sh $(LAB_DEADLINE) $(RELEASE)/lab-cases virtual-function; \
+	else \
+	    echo "SKIPPED: a virtual function in a guest: QEMU 11.1, whose lab has one, cannot be fetched"; \
+	fi
 
 peer: setup ## Boots Linux guests with the demo device in QEMU 11.1, a vfio-user client that nobody here wrote
 	@if tests/lab/qemu-peer.sh; then \

@@ -6,6 +6,7 @@
 # The command sees a copy-on-write view of this machine's file system, starts in the current folder, and has no input;
 # its output and its exit status become this script's. What it writes is lost, except in target/lab/logs, where the
 # lab kernel's console is kept too. 124 says that SECONDS have passed, 125 that the lab itself failed.
+# LAB_QEMU is another program to run it with, one that knows the network card in igb.cfg.
 # LAB_HOST names the lab's kernel, of those in target/lab/kernels: `host`, which is Debian's, or `iommufd`.
 # LAB_PARAMETERS is added to the lab kernel's command line.
 set -euo pipefail
@@ -17,6 +18,9 @@ lab=$(cd "$here/../.." && pwd)/target/lab
 logs=$lab/logs
 memory=${LAB_MEMORY:-6G}
 host=${LAB_HOST:-host}
+program=${LAB_QEMU:-qemu-system-x86_64}
+more=()
+[ -z "${LAB_QEMU:-}" ] || more=(-readconfig "$here/igb.cfg")
 
 mkdir -p "$logs"
 exec {lock}>"$lab/lock"
@@ -51,14 +55,14 @@ trap 'exit 143' TERM HUP
 boot() {
     rm -f "$logs/started"
     local monitor=lab-monitor-$$,abstract=on
-    timeout --kill-after=10 "$deadline" qemu-system-x86_64 \
+    timeout --kill-after=10 "$deadline" "$program" \
         -nodefaults -no-user-config -display none -no-reboot \
         -machine q35,kernel-irqchip=split -accel tcg,thread=single -smp 1 -m "$memory" \
         -cpu EPYC,+svm,+npt,check=off,-xsave,-avx,-avx2,-fma,-f16c \
         -kernel "$lab/kernels/$host/vmlinuz" -initrd "$lab/images/host.cpio" \
         -append "console=ttyS0 panic=-1 mitigations=off intel_iommu=on lab_host=$host lab_logs=$logs ${LAB_PARAMETERS:-}" \
         -device intel-iommu,intremap=on,caching-mode=on \
-        -drive "file=$lab/nvme.img,if=none,id=nvme,format=raw" -readconfig "$here/devices.cfg" \
+        -drive "file=$lab/nvme.img,if=none,id=nvme,format=raw" -readconfig "$here/devices.cfg" "${more[@]}" \
         -virtfs local,path=/,mount_tag=host,security_model=none,readonly=on,multidevs=remap \
         -virtfs local,path="$logs",mount_tag=logs,security_model=none \
         -device virtio-serial \

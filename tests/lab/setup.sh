@@ -108,4 +108,4 @@ host_image
 guest_program
 guest_image 6.12
 guest_image 6.1
-guest_image host nvme ext4 e1000e # the cloud kernels have no e1000e
+guest_image host nvme ext4 e1000e igbvf # the cloud kernels have none of the network cards

@@ -108,6 +108,20 @@ impl HostDevice {
         Ok(())
     }
 
+    /// Its first virtual function, and no others, with a link if it is a network card and its driver has it.
+    ///
+    /// # Errors
+    /// When the driver makes none.
+    pub fn virtual_function(&self) -> Result<Self> {
+        fs::write(self.path.join("sriov_numvfs"), "1").context("making a virtual function")?;
+        for interface in fs::read_dir(self.path.join("net"))? {
+            let name = interface?.file_name().to_string_lossy().into_owned();
+            run("busybox", &["ifconfig", &name, "up"])?;
+        }
+        let name = self.link("virtfn0").context("no virtual function")?;
+        Self::at(&name)
+    }
+
     /// Pulls it out of the machine, which waits until whoever uses it has let it go.
     ///
     /// # Errors

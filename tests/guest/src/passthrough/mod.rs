@@ -23,6 +23,7 @@ struct Check {
 pub(crate) const EDU: (u16, u16) = (0x1234, 0x11e8);
 pub(crate) const NVME: (u16, u16) = (0x1b36, 0x0010);
 pub(crate) const E1000E: (u16, u16) = (0x8086, 0x10d3);
+const IGBVF: (u16, u16) = (0x8086, 0x10ca);
 const MTTY: (u16, u16) = (0x4348, 0x3253);
 
 /// Every check, in the order in which they run.
@@ -37,6 +38,8 @@ const ALL: &[Check] = &[
     check("e1000e-io", E1000E, network::io),
     check("e1000e-msix", E1000E, network::msix),
     check("e1000e-intx", E1000E, network::intx),
+    check("igbvf-decode", IGBVF, network::decode),
+    check("igbvf-msix", IGBVF, network::virtual_function),
     check("mtty-io", MTTY, uart::io),
     check("mtty-loop", MTTY, uart::echo),
 ];

@@ -17,12 +17,30 @@ const THERE: &str = "192.0.2.1";
 
 /// Packets go there and come back, with MSI-X. (With MSI, QEMU's card fails the driver's own test on any machine.)
 pub(super) fn msix(device: &Device) -> Result<()> {
-    exchange(device, "IntMode=2", "PCI-MSIX-")
+    reload("IntMode=2")?;
+    exchange(device, "PCI-MSIX-")
 }
 
 /// The same with the wired interrupt.
 pub(super) fn intx(device: &Device) -> Result<()> {
-    exchange(device, "IntMode=0", "IO-APIC")
+    reload("IntMode=0")?;
+    exchange(device, "IO-APIC")
+}
+
+/// Packets go there and come back with a virtual function, whose driver has been loaded already.
+pub(super) fn virtual_function(device: &Device) -> Result<()> {
+    exchange(device, "PCI-MSIX-")
+}
+
+/// A virtual function can be told to be deaf like any other device, though the hardware cannot.
+pub(super) fn decode(device: &Device) -> Result<()> {
+    let decodes =
+        || Ok::<_, anyhow::Error>(device.config16(regs::COMMAND)? & regs::COMMAND_MEMORY != 0);
+    device.command(0, regs::COMMAND_MEMORY)?;
+    let off = decodes()?;
+    device.command(regs::COMMAND_MEMORY, 0)?;
+    ensure!((off, decodes()?) == (false, true), "{off}");
+    Ok(())
 }
 
 /// The I/O BAR shows the same registers as the memory BAR: one port takes a register's offset, the next has its value.
@@ -47,10 +65,14 @@ pub(super) fn io(device: &Device) -> Result<()> {
     Ok(())
 }
 
-/// Loads the driver anew so that it uses the interrupts that `mode` says, which are those of `chip`.
-fn exchange(device: &Device, mode: &str, chip: &str) -> Result<()> {
+/// Loads the driver anew so that it uses the interrupts that `mode` says.
+fn reload(mode: &str) -> Result<()> {
     unload()?;
-    busybox(&["insmod", &module()?, mode])?;
+    busybox(&["insmod", &module()?, mode])
+}
+
+/// Sends and receives, with interrupts of `chip`.
+fn exchange(device: &Device, chip: &str) -> Result<()> {
     let name = interface(device)?;
     busybox(&["ip", "address", "add", HERE, "dev", &name])?;
     busybox(&["ip", "link", "set", &name, "up"])?;

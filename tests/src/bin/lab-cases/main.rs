@@ -11,6 +11,7 @@ mod refusals;
 mod serial;
 mod servers;
 mod vfio_command;
+mod virtual_function;
 mod work;
 
 use std::fs;
@@ -71,6 +72,9 @@ fn main() -> ExitCode {
         suite.run("iommufd-contract", backend::contract_by_iommufd);
         suite.run("iommufd-descriptors", iommufd::descriptors);
         suite.run("iommufd-off-and-on", iommufd::off_and_on);
+    }
+    if virtual_function::is_there() {
+        suite.run("virtual-function", virtual_function::given);
     }
     suite.close()
 }
