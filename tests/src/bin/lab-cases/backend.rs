@@ -3,6 +3,7 @@
 use std::io;
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use anyhow::{Context as _, Result, ensure};
 use devices::Irq;
@@ -15,7 +16,7 @@ use tests::lab::{Case, HostDevice};
 const EDU: &str = "0000:01:00.0";
 
 /// A way to get at a device.
-type Way = fn() -> Result<Box<dyn AddressSpace>, KernelError>;
+type Way = fn(Arc<dyn KvmFiles>) -> Result<Box<dyn AddressSpace>, KernelError>;
 
 /// A real device keeps the contract of backends, and can be had again afterwards.
 pub(crate) fn contract(_: &mut Case<'_>) -> Result<()> {
@@ -27,12 +28,12 @@ pub(crate) fn contract_by_iommufd(_: &mut Case<'_>) -> Result<()> {
     check(&[by_group, by_iommufd])
 }
 
-fn by_group() -> Result<Box<dyn AddressSpace>, KernelError> {
-    Ok(Box::new(Type1::new(Arc::new(NoVm))?))
+fn by_group(kvm: Arc<dyn KvmFiles>) -> Result<Box<dyn AddressSpace>, KernelError> {
+    Ok(Box::new(Type1::new(kvm)?))
 }
 
-fn by_iommufd() -> Result<Box<dyn AddressSpace>, KernelError> {
-    Ok(Box::new(Iommufd::new(Arc::new(NoVm))?))
+fn by_iommufd(kvm: Arc<dyn KvmFiles>) -> Result<Box<dyn AddressSpace>, KernelError> {
+    Ok(Box::new(Iommufd::new(kvm)?))
 }
 
 /// Puts a device to the test twice in each of these ways, while it cannot be had in any other.
@@ -55,28 +56,35 @@ fn check(ways: &[Way]) -> Result<()> {
         control: (0, 0),
         vectors: [1, 1, 0],
     };
+    let kvm = Arc::new(Kvm::default());
     for way in [ways, ways].concat() {
-        let space = way()?;
+        let space = way(kvm.clone())?;
         let opened = space.open(EDU, &ready)?;
         for other in ways {
-            let refused = other()?.open(EDU, &ready).err();
+            let refused = other(kvm.clone())?.open(EDU, &ready).err();
             let refused = refused.context("it was opened twice")?.to_string();
             ensure!(refused.contains("in use"), "{refused}");
         }
         let device = KernelDevice::new("edu", opened, found.ids())?;
         backend_contract::check(&device, &subject)?;
+        drop(device);
+        let known = kvm.0.load(Ordering::Relaxed);
+        ensure!(known == 0, "KVM still knows {known} files");
     }
     Ok(())
 }
 
-/// No KVM needs to know.
-#[derive(Debug)]
-struct NoVm;
+/// How many files KVM would know.
+#[derive(Debug, Default)]
+struct Kvm(AtomicUsize);
 
-impl KvmFiles for NoVm {
+impl KvmFiles for Kvm {
     fn add(&self, _: BorrowedFd<'_>) -> io::Result<()> {
+        self.0.fetch_add(1, Ordering::Relaxed);
         Ok(())
     }
 
-    fn remove(&self, _: BorrowedFd<'_>) {}
+    fn remove(&self, _: BorrowedFd<'_>) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
+    }
 }
