@@ -56,8 +56,14 @@ pub enum HostDeviceError {
     #[error("--device: cannot pass devices through")]
     AddressSpace(#[source] KernelError),
     /// Guest RAM cannot be given to the devices.
-    #[error("--device: cannot let devices at guest memory")]
-    Map(#[source] BackendError),
+    #[error("--device: cannot let devices at the {size} bytes of guest RAM")]
+    Map {
+        /// How many there are.
+        size: u64,
+        /// Why not.
+        #[source]
+        source: BackendError,
+    },
     /// KVM does not know VFIO.
     #[error("--device: KVM has no VFIO device (is the module vfio loaded?)")]
     Kvm(#[source] io::Error),
@@ -106,7 +112,12 @@ pub(crate) fn open(
         if open.is_empty() {
             // There is an IOMMU to map memory in only now.
             let started = Instant::now();
-            memory.attach(space.dma()).map_err(HostDeviceError::Map)?;
+            memory
+                .attach(space.dma())
+                .map_err(|source| HostDeviceError::Map {
+                    size: memory.size(),
+                    source,
+                })?;
             log::info!(
                 "guest RAM pinned for the devices in {:?}",
                 started.elapsed()

@@ -96,6 +96,11 @@ impl Memory {
         &self.ram
     }
 
+    /// How many bytes it has.
+    pub(crate) fn size(&self) -> u64 {
+        self.ram.iter().map(GuestMemoryRegion::len).sum()
+    }
+
     /// The RAM for devices that reach it by messages.
     pub(crate) fn for_messages(&self) -> Arc<dyn GuestDma> {
         Arc::new(MessageDma(self.ram.clone()))

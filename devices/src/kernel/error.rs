@@ -74,9 +74,9 @@ pub enum KernelError {
     TooManyMappings,
     /// Guest RAM cannot be locked in memory.
     #[error(
-        "the device may reach all {size} bytes of guest RAM at {iova:#x} at any time, so they have to be locked in memory, \
-         and this process may lock {limit}; raise RLIMIT_MEMLOCK (`ulimit -l`, or LimitMEMLOCK= of systemd) to the size \
-         of guest RAM and some more"
+        "devices may reach guest RAM at any time, so all of it has to be locked in memory; this process may lock {limit} \
+         bytes, too few for the {size} at {iova:#x}: raise RLIMIT_MEMLOCK (`ulimit -l`, or LimitMEMLOCK= of systemd) to \
+         the size of guest RAM and some more"
     )]
     Memlock {
         /// The address for the devices.

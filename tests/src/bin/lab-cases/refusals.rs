@@ -115,7 +115,7 @@ fn users(case: &Case<'_>, kernel: &Kernel, device: &HostDevice) -> Result<()> {
     chown(&group, Some(NOBODY), None)?;
     // 64 MiB; without a privilege, Linux lets a process lock 8.
     let parts = [
-        "67108864 bytes",
+        "67108864 bytes of guest RAM",
         "RLIMIT_MEMLOCK",
         "ulimit -l",
         "may lock 8388608",
