@@ -23,6 +23,9 @@ test: unit lab vf peer ## Runs every test: unit, property, tiny guests on /dev/k
 
 test-iommufd: programs ## Builds a kernel with iommufd, once, and runs the cases of the host's devices in a lab with it
 	@tests/lab/iommufd.sh
+ifndef CASES
+	@LAB_HOST=iommufd LAB_PARAMETERS=nointremap tests/lab/run.sh 120 $(RELEASE)/lab-cases no-remapping
+endif
 	@LAB_HOST=iommufd tests/lab/run.sh $(LAB_DEADLINE) $(RELEASE)/lab-cases \
 	    $(or $(CASES),iommufd passthrough backend refusals vfio)
 
