@@ -4,6 +4,7 @@
 pub(crate) mod edu;
 mod network;
 pub(crate) mod nvme;
+mod rom;
 mod uart;
 
 use std::fs;
@@ -35,6 +36,7 @@ const ALL: &[Check] = &[
     check("edu-decode", EDU, edu::decode),
     check("nvme-sleep", NVME, nvme::sleep),
     check("nvme", NVME, nvme::file_system),
+    check("e1000e-rom", E1000E, rom::image),
     check("e1000e-io", E1000E, network::io),
     check("e1000e-msix", E1000E, network::msix),
     check("e1000e-intx", E1000E, network::intx),

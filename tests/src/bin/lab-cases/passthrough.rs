@@ -14,7 +14,7 @@ const SHARED_E1000: &str = "0000:04:02.0";
 
 /// A device of each kind, in one container, before and after a reset of the guest.
 pub(crate) fn all_kinds(case: &mut Case<'_>) -> Result<()> {
-    const CHECKS: [&str; 12] = [
+    const CHECKS: [&str; 13] = [
         "edu",
         "edu-dma",
         "edu-msi",
@@ -22,6 +22,7 @@ pub(crate) fn all_kinds(case: &mut Case<'_>) -> Result<()> {
         "edu-decode",
         "nvme-sleep",
         "nvme",
+        "e1000e-rom",
         "e1000e-io",
         "e1000e-msix",
         "e1000e-intx",
@@ -34,7 +35,12 @@ pub(crate) fn all_kinds(case: &mut Case<'_>) -> Result<()> {
     let mut command = case.linux("host", "outrigger.end=reboot");
     command.args(["--cpus", "2", "--device"]);
     for device in &devices {
-        command.arg(format!("path={}/", device.path().display()));
+        let rom = if device.address() == E1000E {
+            "on"
+        } else {
+            "off"
+        };
+        command.arg(format!("path={}/,rom={rom}", device.path().display()));
     }
     command.arg(format!("path={}", mtty.path().display()));
 
