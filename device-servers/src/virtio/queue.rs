@@ -2,7 +2,7 @@
 
 use std::num::Wrapping;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{Ordering, fence};
 
 use vfio_user_server::{DoorbellEvent, Memory, PageLog, View};
 use virtio_bindings::bindings::virtio_ring::VRING_AVAIL_F_NO_INTERRUPT;
@@ -24,6 +24,8 @@ pub struct VirtQueue {
     memory: Memory,
     doorbell: DoorbellEvent,
     signals: Arc<Signals>,
+    /// Where the used ring was when it was last decided about an interrupt.
+    told: u16,
     is_broken: bool,
 }
 
@@ -37,6 +39,7 @@ impl VirtQueue {
     ) -> Self {
         Self {
             index,
+            told: queue.next_used(),
             queue,
             memory,
             doorbell,
@@ -95,6 +98,16 @@ impl VirtQueue {
         }
     }
 
+    /// Returns several buffers at once, each as [`push`](Self::push) does: the driver sees all of them or none.
+    pub fn push_together(&mut self, view: &View, used: impl Iterator<Item = (u16, u32)>) {
+        if self.is_broken {
+            return;
+        }
+        if let Err(error) = self.try_push(view, used) {
+            self.fail(&error);
+        }
+    }
+
     /// Interrupts the driver for what has been pushed since the last time, if it wants that.
     pub fn interrupt(&mut self, view: &View) {
         if self.is_broken {
@@ -148,17 +161,47 @@ impl VirtQueue {
         Ok(Some(chain))
     }
 
-    fn wants_interrupt(&mut self, view: &View) -> Result<bool, Error> {
-        let memory: &GuestMemoryMmap<PageLog> = view;
-        let wants = self.queue.needs_notification(memory)?;
-        if self.queue.event_idx_enabled() {
-            return Ok(wants);
+    /// The library writes the index of the used ring with each buffer.
+    fn try_push(
+        &mut self,
+        view: &View,
+        used: impl Iterator<Item = (u16, u32)>,
+    ) -> Result<(), Error> {
+        let mut next = self.queue.next_used();
+        for (head, written) in used {
+            let place = 4 + 8 * u64::from(next % self.queue.size());
+            let place = in_ring(self.queue.used_ring(), place)?;
+            let element = u64::from(head) | u64::from(written) << 32;
+            view.write_obj(element.to_le(), place)
+                .map_err(Error::GuestMemory)?;
+            next = next.wrapping_add(1);
         }
-        // The library does not look at the flag of drivers without event index.
-        let flags: u16 = memory
-            .load(GuestAddress(self.queue.avail_ring()), Ordering::Relaxed)
-            .map_err(Error::GuestMemory)?;
-        Ok(u32::from(u16::from_le(flags)) & VRING_AVAIL_F_NO_INTERRUPT == 0)
+        self.queue.set_next_used(next);
+        let place = in_ring(self.queue.used_ring(), 2)?;
+        view.store(next.to_le(), place, Ordering::Release)
+            .map_err(Error::GuestMemory)
+    }
+
+    /// The library does not look at the flag of drivers without event index, and counts only what it has pushed itself.
+    fn wants_interrupt(&mut self, view: &View) -> Result<bool, Error> {
+        let next = self.queue.next_used();
+        let pushed = next.wrapping_sub(std::mem::replace(&mut self.told, next));
+        if pushed == 0 {
+            return Ok(false);
+        }
+        // What has been pushed is seen before what the driver then says.
+        fence(Ordering::SeqCst);
+        let load = |offset| -> Result<u16, Error> {
+            let place = in_ring(self.queue.avail_ring(), offset)?;
+            let value = view.load(place, Ordering::Relaxed);
+            value.map(u16::from_le).map_err(Error::GuestMemory)
+        };
+        if self.queue.event_idx_enabled() {
+            // Whether `used_event` is among what has been pushed (virtio 1.2, 2.7.7.1).
+            let event = load(4 + 2 * u64::from(self.queue.size()))?;
+            return Ok(next.wrapping_sub(event).wrapping_sub(1) < pushed);
+        }
+        Ok(u32::from(load(0)?) & VRING_AVAIL_F_NO_INTERRUPT == 0)
     }
 
     /// Gives the queue up until the device is reset.
@@ -168,4 +211,10 @@ impl VirtQueue {
         self.signals
             .need_reset(&format_args!("queue {index} is not usable: {error}"));
     }
+}
+
+/// A place in a ring, by its offset in bytes (virtio 1.2, 2.7.6 and 2.7.8).
+fn in_ring(ring: u64, offset: u64) -> Result<GuestAddress, Error> {
+    let place = ring.checked_add(offset).ok_or(Error::AddressOverflow)?;
+    Ok(GuestAddress(place))
 }
