@@ -2,12 +2,13 @@
 //!
 //! * [`demo`]: a device that does everything that a device can do, for demonstrations, tests, and the development of
 //!   clients.
+//! * [`disk`]: a disk, of a raw file or a block device.
 //!
 //! [`virtio`] is what virtio devices are made with. The process locks itself into a [`sandbox`] before it serves anybody.
 
-#![forbid(unsafe_code)]
 #![warn(clippy::indexing_slicing)]
 
 pub mod demo;
+pub mod disk;
 pub mod sandbox;
 pub mod virtio;

@@ -1,5 +1,6 @@
 //! A queue, as the thread that serves it has it.
 
+use std::fmt::Display;
 use std::num::Wrapping;
 use std::sync::Arc;
 use std::sync::atomic::{Ordering, fence};
@@ -27,6 +28,8 @@ pub struct VirtQueue {
     /// Where the used ring was when it was last decided about an interrupt.
     told: u16,
     is_broken: bool,
+    /// Whether something has been pushed that the driver may have to be interrupted for.
+    has_pushed: bool,
 }
 
 impl VirtQueue {
@@ -45,6 +48,7 @@ impl VirtQueue {
             doorbell,
             signals,
             is_broken: false,
+            has_pushed: false,
         }
     }
 
@@ -76,7 +80,7 @@ impl VirtQueue {
         match self.try_pop(view) {
             Ok(chain) => chain,
             Err(error) => {
-                self.fail(&error);
+                self.give_up(&error);
                 None
             }
         }
@@ -93,8 +97,9 @@ impl VirtQueue {
         if self.is_broken {
             return;
         }
+        self.has_pushed = true;
         if let Err(error) = self.queue.add_used(&**view, head, written) {
-            self.fail(&error);
+            self.give_up(&error);
         }
     }
 
@@ -103,20 +108,21 @@ impl VirtQueue {
         if self.is_broken {
             return;
         }
+        self.has_pushed = true;
         if let Err(error) = self.try_push(view, used) {
-            self.fail(&error);
+            self.give_up(&error);
         }
     }
 
     /// Interrupts the driver for what has been pushed since the last time, if it wants that.
     pub fn interrupt(&mut self, view: &View) {
-        if self.is_broken {
+        if self.is_broken || !std::mem::take(&mut self.has_pushed) {
             return;
         }
         match self.wants_interrupt(view) {
             Ok(true) => self.signals.used(self.index),
             Ok(false) => {}
-            Err(error) => self.fail(&error),
+            Err(error) => self.give_up(&error),
         }
     }
 
@@ -125,7 +131,7 @@ impl VirtQueue {
         if !self.is_broken
             && let Err(error) = self.queue.disable_notification(&**view)
         {
-            self.fail(&error);
+            self.give_up(&error);
         }
     }
 
@@ -136,9 +142,17 @@ impl VirtQueue {
         }
         let result = self.queue.enable_notification(&**view);
         result.unwrap_or_else(|error| {
-            self.fail(&error);
+            self.give_up(&error);
             false
         })
+    }
+
+    /// Says that the device cannot serve the queue, and why. It is not usable until the device is reset.
+    pub fn give_up(&mut self, reason: &dyn Display) {
+        self.is_broken = true;
+        let index = self.index;
+        self.signals
+            .need_reset(&format_args!("queue {index} is not usable: {reason}"));
     }
 
     /// Where the next buffers are in the available ring and in the used ring.
@@ -202,14 +216,6 @@ impl VirtQueue {
             return Ok(next.wrapping_sub(event).wrapping_sub(1) < pushed);
         }
         Ok(u32::from(load(0)?) & VRING_AVAIL_F_NO_INTERRUPT == 0)
-    }
-
-    /// Gives the queue up until the device is reset.
-    fn fail(&mut self, error: &Error) {
-        self.is_broken = true;
-        let index = self.index;
-        self.signals
-            .need_reset(&format_args!("queue {index} is not usable: {error}"));
     }
 }
 

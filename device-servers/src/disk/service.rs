@@ -1,0 +1,241 @@
+//! What the thread of a queue does: it takes requests, and gives them to the kernel.
+
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use vfio_user_server::View;
+
+use super::config::{CONFIG_WCE, FLUSH};
+use super::error::DiskError;
+use super::guest::Guest;
+use super::image::Image;
+use super::job::{Context, Job, SERIAL, Step};
+use super::request::Request;
+use super::ring::{Event, Memory, Ring};
+use crate::virtio::{Activation, Service, Stop, VirtQueue};
+
+/// What serves one queue.
+#[derive(Debug)]
+pub(super) struct DiskService {
+    shared: Arc<Shared>,
+    ring: Ring,
+    /// The requests that are under way, by the slots of the ring that they have.
+    jobs: Vec<Option<Job>>,
+    free: Vec<u16>,
+    /// How many of them go through a buffer.
+    buffered: usize,
+    /// Whether the ring cannot be used any more.
+    has_failed: bool,
+}
+
+/// What the services of a disk share with the device.
+#[derive(Debug)]
+pub(super) struct Shared {
+    pub(super) image: Image,
+    pub(super) serial: [u8; SERIAL],
+    /// What the driver has set: whether it flushes itself.
+    pub(super) writeback: AtomicBool,
+}
+
+/// Whether there is more to be taken out of the queue.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Rest {
+    /// No: the driver notifies when there is.
+    Nothing,
+    /// Perhaps, when something that is under way has ended.
+    Waits,
+    /// Perhaps.
+    Something,
+}
+
+/// Most requests that go through a buffer at a time, of 256 KiB each.
+const MAX_BUFFERED: usize = 64;
+
+// What is watched.
+const DOORBELL: u16 = 0;
+const STOP: u16 = 1;
+
+impl DiskService {
+    /// A service for a queue of up to `size` entries.
+    pub(super) fn new(shared: Arc<Shared>, size: u16) -> Result<Self, DiskError> {
+        Ok(Self {
+            ring: Ring::new(size, Arc::clone(&shared.image.file)).map_err(DiskError::Ring)?,
+            shared,
+            jobs: (0..size).map(|_| None).collect(),
+            free: (0..size).rev().collect(),
+            buffered: 0,
+            has_failed: false,
+        })
+    }
+
+    fn run(&mut self, queue: &mut VirtQueue, features: u64, stop: &Stop) -> io::Result<()> {
+        if self.has_failed {
+            return Err(io::Error::other("io_uring has failed before"));
+        }
+        queue.doorbell().has_rung();
+        self.ring.watch(queue.doorbell(), DOORBELL)?;
+        self.ring.watch(stop, STOP)?;
+        let mut rest = Rest::Something;
+        loop {
+            let is_stopping = stop.is_set();
+            if is_stopping && self.is_idle() {
+                break;
+            }
+            if rest != Rest::Nothing && !is_stopping {
+                rest = self.take(queue, features)?;
+                if rest == Rest::Something {
+                    continue;
+                }
+            }
+            self.ring.wait()?;
+            if self.handle_events(queue, features, stop)? {
+                rest = Rest::Something;
+            }
+        }
+        self.ring.end_watches(&[DOORBELL, STOP])
+    }
+
+    /// Takes requests out of the queue, as many as it has entries at most, and starts them.
+    fn take(&mut self, queue: &mut VirtQueue, features: u64) -> io::Result<Rest> {
+        let view = queue.memory().view();
+        queue.disable_notifications(&view);
+        let mut rest = Rest::Something;
+        for _ in 0..queue.size() {
+            if self.free.is_empty() || self.buffered >= MAX_BUFFERED {
+                rest = Rest::Waits;
+                break;
+            }
+            if !self.take_one(queue, &view, features)? {
+                rest = Rest::Nothing;
+                break;
+            }
+        }
+        // Those that were over at once.
+        queue.interrupt(&view);
+        if rest == Rest::Nothing && queue.enable_notifications(&view) {
+            rest = Rest::Something;
+        }
+        Ok(rest)
+    }
+
+    /// Takes one request, and returns whether there was one.
+    fn take_one(&mut self, queue: &mut VirtQueue, view: &View, features: u64) -> io::Result<bool> {
+        let memory = queue.memory().clone();
+        let guest = Guest {
+            view,
+            memory: &memory,
+        };
+        let Some(chain) = queue.pop(view) else {
+            return Ok(false);
+        };
+        let head = chain.head_index();
+        match Request::parse(chain, |address, data| guest.read(address, data)) {
+            Ok(request) => {
+                let shared = Arc::clone(&self.shared);
+                let context = shared.context(&memory, features);
+                let job = Job::new(view, head, request, &context);
+                self.step(job, queue, &context)?;
+            }
+            Err(error) => {
+                log::debug!("queue {}: {error}", queue.index());
+                queue.push(view, head, 0);
+            }
+        }
+        Ok(true)
+    }
+
+    /// Deals with what has happened, and returns whether there may be something in the queue.
+    fn handle_events(
+        &mut self,
+        queue: &mut VirtQueue,
+        features: u64,
+        stop: &Stop,
+    ) -> io::Result<bool> {
+        let shared = Arc::clone(&self.shared);
+        let memory = queue.memory().clone();
+        let context = shared.context(&memory, features);
+        let mut has_rung = false;
+        let mut view = None;
+        while let Some(event) = self.ring.next() {
+            match event {
+                Event::Readable { number, is_over } => {
+                    has_rung |= number == DOORBELL;
+                    match number {
+                        DOORBELL if is_over => self.ring.watch(queue.doorbell(), DOORBELL)?,
+                        STOP if is_over => self.ring.watch(stop, STOP)?,
+                        _ => {}
+                    }
+                }
+                Event::Done {
+                    slot,
+                    memory,
+                    result,
+                } => {
+                    self.buffered -= usize::from(matches!(memory, Memory::Own(_)));
+                    let job = self.jobs.get_mut(usize::from(slot)).and_then(Option::take);
+                    self.free.push(slot);
+                    let Some(mut job) = job else { continue };
+                    job.done(&memory, result, &context);
+                    view = Some(job.view.clone());
+                    self.step(job, queue, &context)?;
+                }
+            }
+        }
+        if let Some(view) = view {
+            queue.interrupt(&view);
+        }
+        Ok(has_rung)
+    }
+
+    /// Lets a request go on, or returns it to the driver.
+    fn step(
+        &mut self,
+        mut job: Job,
+        queue: &mut VirtQueue,
+        context: &Context<'_>,
+    ) -> io::Result<()> {
+        match job.step(context) {
+            Step::Finish { written } => queue.push(&job.view, job.head, written),
+            Step::Start(operation, memory) => {
+                let slot = self.free.pop().ok_or(io::ErrorKind::ResourceBusy)?;
+                self.buffered += usize::from(matches!(memory, Memory::Own(_)));
+                self.ring.start(slot, operation, memory)?;
+                if let Some(place) = self.jobs.get_mut(usize::from(slot)) {
+                    *place = Some(job);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn is_idle(&self) -> bool {
+        self.free.len() == self.jobs.len()
+    }
+}
+
+impl Service for DiskService {
+    fn serve(&mut self, activation: &mut Activation, stop: &Stop) {
+        let features = activation.features;
+        let Some(queue) = activation.queues.first_mut() else {
+            return;
+        };
+        if let Err(error) = self.run(queue, features, stop) {
+            self.has_failed = true;
+            queue.give_up(&error);
+        }
+    }
+}
+
+impl Shared {
+    fn context<'a>(&'a self, memory: &'a vfio_user_server::Memory, features: u64) -> Context<'a> {
+        let is_writeback = self.writeback.load(Ordering::SeqCst);
+        Context {
+            image: &self.image,
+            serial: &self.serial,
+            memory,
+            // Virtio 1.2, 5.2.5.2: a driver that does not flush, or said that it does not, has no cache to be flushed.
+            durable: features & FLUSH == 0 || (features & CONFIG_WCE != 0 && !is_writeback),
+        }
+    }
+}
