@@ -3,6 +3,7 @@
 //! * [`demo`]: a device that does everything that a device can do, for demonstrations, tests, and the development of
 //!   clients.
 //! * [`disk`]: a disk, of a raw file or a block device.
+//! * [`net`]: a network card, on a tap.
 //!
 //! [`virtio`] is what virtio devices are made with. The process locks itself into a [`sandbox`] before it serves anybody.
 
@@ -10,5 +11,6 @@
 
 pub mod demo;
 pub mod disk;
+pub mod net;
 pub mod sandbox;
 pub mod virtio;

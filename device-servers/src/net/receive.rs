@@ -1,0 +1,282 @@
+//! What comes from the tap.
+
+use std::collections::VecDeque;
+use std::io::{self, ErrorKind};
+
+use super::config::{HEADER, MAX_PACKET, NUM_BUFFERS};
+use super::guest::{self, Guest, GuestSlice, Segment};
+use super::packet::{self, MAX_SLICES};
+use super::pair::{BATCH, Wait};
+use super::tap::Tap;
+use crate::virtio::VirtQueue;
+
+/// Gives packets to the driver.
+///
+/// A packet is read straight into the driver's buffers. As nobody knows before how long it is, there are as many as those
+/// before it have been long lately. If it is longer, or buffers are not mapped, or there are none, then it is put together
+/// in a buffer of the server's own, and kept there until there is room for it. Until then nothing is read from the tap,
+/// which does the dropping.
+#[derive(Debug)]
+pub(super) struct Receiver {
+    own: Box<[u8]>,
+    /// How long the packet in `own` is. 0: there is none.
+    held: usize,
+    /// How long a packet is expected to be.
+    expected: usize,
+    /// Whether a packet may be in several buffers.
+    mergeable: bool,
+}
+
+/// How long a packet is always expected to be: one that is not merged by anybody.
+const USUAL: usize = 1526;
+
+impl Receiver {
+    pub(super) fn new() -> Self {
+        Self {
+            own: vec![0; MAX_PACKET].into(),
+            held: 0,
+            expected: USUAL,
+            mergeable: false,
+        }
+    }
+
+    /// Begins anew, for a driver that takes packets in several buffers or not.
+    pub(super) fn begin(&mut self, mergeable: bool) {
+        self.held = 0;
+        self.expected = USUAL;
+        self.mergeable = mergeable;
+    }
+
+    /// Gives a batch of packets to the driver, and says what to wait for.
+    pub(super) fn receive(&mut self, queue: &mut VirtQueue, tap: &Tap) -> Wait {
+        let memory = queue.memory().clone();
+        let view = memory.view();
+        let guest = Guest {
+            view: &view,
+            memory: &memory,
+        };
+        queue.disable_notifications(&view);
+        let mut pool = Pool::new(self.mergeable);
+        let mut wait = Wait::No;
+        for _ in 0..BATCH {
+            let result = if self.held == 0 {
+                self.read(&mut pool, queue, guest, tap)
+            } else {
+                Ok(())
+            };
+            if let Err(error) = result {
+                wait = wait_after(&error);
+                break;
+            }
+            if self.held > 0 && !self.place(&mut pool, queue, guest) {
+                wait = Wait::Driver;
+                break;
+            }
+        }
+        queue.unpop(pool.len());
+        queue.interrupt(&view);
+        wait
+    }
+
+    /// Reads a packet, into the driver's buffers if there are enough.
+    fn read<'v>(
+        &mut self,
+        pool: &mut Pool<'v>,
+        queue: &mut VirtQueue,
+        guest: Guest<'v>,
+        tap: &Tap,
+    ) -> io::Result<()> {
+        pool.fill(queue, guest, self.expected);
+        let mapped: usize = pool.slices().map(GuestSlice::len).sum();
+        let rest = self.own.get_mut(mapped..).unwrap_or(&mut []);
+        let length = packet::read(tap, pool.slices(), rest)?;
+        if length == 0 {
+            return Err(ErrorKind::UnexpectedEof.into());
+        }
+        self.expected = length.max(self.expected - self.expected / 8).max(USUAL);
+        if length < HEADER {
+            return Ok(());
+        }
+        if length > mapped {
+            pool.copy_to(&mut self.own);
+            self.held = length.min(self.own.len());
+            return Ok(());
+        }
+        let used = pool.take(length);
+        write_at(&used, NUM_BUFFERS, &count(&used));
+        finish(&used, queue, guest);
+        Ok(())
+    }
+
+    /// Copies the packet that is kept to the driver's buffers. Returns whether it is not kept any more.
+    fn place<'v>(&mut self, pool: &mut Pool<'v>, queue: &mut VirtQueue, guest: Guest<'v>) -> bool {
+        loop {
+            pool.fill(queue, guest, self.held);
+            if pool.capacity >= self.held {
+                break;
+            }
+            if pool.is_full(queue) {
+                log::debug!("a packet is dropped, for which the driver has no room");
+                self.held = 0;
+                return true;
+            }
+            // There is nothing left to be popped, so the driver notifies of what comes.
+            if !queue.enable_notifications(guest.view) {
+                return false;
+            }
+        }
+        let used = pool.take(self.held);
+        let packet = self.own.get_mut(..self.held).unwrap_or(&mut []);
+        if let Some(place) = packet
+            .get_mut(NUM_BUFFERS..)
+            .and_then(<[u8]>::first_chunk_mut)
+        {
+            *place = count(&used);
+        }
+        guest.scatter(used.iter().flat_map(|used| &used.buffer.segments), packet);
+        finish(&used, queue, guest);
+        self.held = 0;
+        true
+    }
+}
+
+/// What to wait for after an error of the tap.
+fn wait_after(error: &io::Error) -> Wait {
+    match error.raw_os_error() {
+        Some(libc::EAGAIN) => Wait::Tap,
+        // Also if guest memory is not there any more: the packet is lost, and others follow.
+        Some(libc::EINTR | libc::EFAULT) => Wait::No,
+        _ => {
+            log::debug!("nothing can be read from the tap: {error}");
+            Wait::Change
+        }
+    }
+}
+
+/// The driver's buffers that have been popped, in order, and not used.
+struct Pool<'v> {
+    buffers: VecDeque<Buffer<'v>>,
+    /// Bytes in all of them.
+    capacity: usize,
+    mergeable: bool,
+}
+
+struct Buffer<'v> {
+    head: u16,
+    segments: Vec<Segment>,
+    /// Where they are in this process, if all of them are mapped.
+    slices: Option<Vec<GuestSlice<'v>>>,
+    capacity: usize,
+}
+
+/// A buffer of which so many bytes are a packet's.
+struct Used<'v> {
+    buffer: Buffer<'v>,
+    written: usize,
+}
+
+impl<'v> Pool<'v> {
+    fn new(mergeable: bool) -> Self {
+        Self {
+            buffers: VecDeque::new(),
+            capacity: 0,
+            mergeable,
+        }
+    }
+
+    fn len(&self) -> u16 {
+        u16::try_from(self.buffers.len()).unwrap_or(u16::MAX)
+    }
+
+    /// Whether the driver cannot give any more buffers for one packet.
+    fn is_full(&self, queue: &VirtQueue) -> bool {
+        let most = if self.mergeable { queue.size() } else { 1 };
+        self.len() >= most
+    }
+
+    /// Pops buffers until they have so many bytes, if there are as many.
+    fn fill(&mut self, queue: &mut VirtQueue, guest: Guest<'v>, wanted: usize) {
+        while self.capacity < wanted && !self.is_full(queue) {
+            let Some(chain) = queue.pop(guest.view) else {
+                return;
+            };
+            let head = chain.head_index();
+            let segments = guest::segments(chain, true);
+            let capacity = guest::length(&segments);
+            self.capacity += capacity;
+            self.buffers.push_back(Buffer {
+                head,
+                slices: guest.slices(&segments),
+                segments,
+                capacity,
+            });
+        }
+    }
+
+    /// What can be read into: the first buffers, as far as they are mapped and not too many pieces.
+    fn slices(&self) -> impl Iterator<Item = &GuestSlice<'v>> + Clone {
+        let mapped = self
+            .buffers
+            .iter()
+            .map_while(|buffer| buffer.slices.as_ref());
+        mapped.flatten().take(MAX_SLICES)
+    }
+
+    /// Copies what can be read into.
+    fn copy_to(&self, bytes: &mut [u8]) {
+        let mut at = 0;
+        for slice in self.slices() {
+            let Some(place) = bytes.get_mut(at..) else {
+                return;
+            };
+            at += slice.copy_to(place);
+        }
+    }
+
+    /// Takes the buffers that a packet of this length is in.
+    fn take(&mut self, length: usize) -> Vec<Used<'v>> {
+        let mut used = Vec::new();
+        let mut rest = length;
+        while rest > 0
+            && let Some(buffer) = self.buffers.pop_front()
+        {
+            let written = buffer.capacity.min(rest);
+            rest -= written;
+            self.capacity -= buffer.capacity;
+            used.push(Used { buffer, written });
+        }
+        used
+    }
+}
+
+/// `num_buffers` of a packet's header.
+fn count(used: &[Used<'_>]) -> [u8; 2] {
+    u16::try_from(used.len()).unwrap_or(u16::MAX).to_le_bytes()
+}
+
+/// Writes something at an offset in mapped buffers.
+fn write_at(used: &[Used<'_>], offset: usize, bytes: &[u8]) {
+    let slices = used.iter().flat_map(|used| &used.buffer.slices).flatten();
+    let (mut offset, mut rest) = (offset, bytes);
+    for slice in slices {
+        let Ok(place) = slice.offset(offset) else {
+            offset -= slice.len();
+            continue;
+        };
+        let (now, later) = rest.split_at(place.len().min(rest.len()));
+        place.copy_from(now);
+        if later.is_empty() {
+            return;
+        }
+        (offset, rest) = (0, later);
+    }
+}
+
+/// Returns buffers to the driver, which sees all of a packet or nothing.
+fn finish(used: &[Used<'_>], queue: &mut VirtQueue, guest: Guest<'_>) {
+    let written = used.iter().map(|used| {
+        let written = u32::try_from(used.written).unwrap_or(u32::MAX);
+        (used.buffer.head, written)
+    });
+    queue.push_together(guest.view, written);
+}
