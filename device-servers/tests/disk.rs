@@ -8,6 +8,7 @@ use std::collections::BTreeMap;
 use std::fs::File;
 use std::os::fd::AsFd;
 use std::os::unix::fs::{FileExt, MetadataExt};
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -856,6 +857,7 @@ fn hostile_queues_need_a_reset_and_get_one() {
     // Queues where no memory is, or where none can be.
     for (area, size) in [
         (1 << 50, 64_u16),
+        (BASE + SIZE - 64, 64),
         (BASE + 8, 64),
         (BASE, 63),
         (BASE, 0),
@@ -943,6 +945,45 @@ fn memory_can_be_taken_away_and_comes_back() {
         disk.machine.map();
     }
     load.check(&image);
+}
+
+#[test]
+fn the_guest_goes_on_with_another_client() {
+    let image = Image::new();
+    let mut server = disk::server(&image.options()).unwrap();
+    let (first, second) = (UnixStream::pair().unwrap(), UnixStream::pair().unwrap());
+    let streams = [first.1, second.1];
+    thread::spawn(move || streams.map(|stream| server.serve(stream).unwrap()));
+    let mut machine = Machine::connect(first.0, Ram::new());
+    machine.enable_msix();
+    let ram = machine.ram.clone();
+    let mut queue = machine.start(USUAL | EVENT_IDX, 1, 256).remove(0);
+    let mut load = Load::new(8, 0..1000, BUFFERS, 60);
+    load.run(&mut queue, &ram, 100);
+    drop(machine);
+    // The guest's doorbell has nowhere to go while there is no memory.
+    queue.ring();
+    load.fill(&mut queue, &ram);
+    thread::sleep(Duration::from_millis(5));
+    let mut machine = Machine::connect(second.0, ram.clone());
+    machine.enable_msix();
+    // Nor is there while its memory comes in pieces.
+    machine.client.dma_unmap(BASE, SIZE).unwrap();
+    let half = SIZE / 2;
+    for at in [half, 0] {
+        let file = Some((ram.file().as_fd(), at));
+        let access = DmaAccess::ReadWrite;
+        machine
+            .client
+            .dma_map(BASE + at, half, file, access)
+            .unwrap();
+        thread::sleep(Duration::from_millis(5));
+    }
+    queue.move_to(&machine);
+    load.run(&mut queue, &ram, 100);
+    load.finish(&mut queue, &ram);
+    load.check(&image);
+    assert_eq!(machine.status(), 0xf);
 }
 
 #[test]
@@ -1159,7 +1200,7 @@ fn what_was_flushed_survives_kill_9() {
             .unwrap();
         let start = Instant::now();
         let stream = loop {
-            match std::os::unix::net::UnixStream::connect(image.folder.path().join("socket")) {
+            match UnixStream::connect(image.folder.path().join("socket")) {
                 Ok(stream) => break stream,
                 Err(error) => assert!(start.elapsed() < support::LONG, "{error}"),
             }

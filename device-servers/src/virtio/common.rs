@@ -1,5 +1,6 @@
 //! The common configuration (virtio 1.2, 4.1.4.3), but for what its registers cause.
 
+use vfio_user_server::PageLog;
 use virtio_bindings::bindings::virtio_config::{
     VIRTIO_CONFIG_S_ACKNOWLEDGE, VIRTIO_CONFIG_S_DRIVER, VIRTIO_CONFIG_S_DRIVER_OK,
     VIRTIO_CONFIG_S_FAILED, VIRTIO_CONFIG_S_FEATURES_OK, VIRTIO_CONFIG_S_NEEDS_RESET,
@@ -9,6 +10,7 @@ use virtio_bindings::bindings::virtio_ring::{
     VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC,
 };
 use virtio_queue::{Error, Queue, QueueState};
+use vm_memory::{GuestAddress, GuestMemory, GuestMemoryMmap, Permissions};
 
 use super::layout;
 use super::signals::Signals;
@@ -172,6 +174,16 @@ impl Common {
         })
     }
 
+    /// Whether all queues that are enabled are in `memory`.
+    pub(super) fn is_reachable(&self, memory: &GuestMemoryMmap<PageLog>) -> bool {
+        let is_in = |(address, size, access): (u64, u64, Permissions)| {
+            let size = usize::try_from(size).unwrap_or(usize::MAX);
+            memory.check_range(GuestAddress(address), size, access)
+        };
+        let mut queues = self.queues.iter().filter(|queue| queue.is_enabled);
+        queues.all(|queue| queue.areas().into_iter().all(is_in))
+    }
+
     fn selected(&self) -> Option<&QueueRegisters> {
         self.queues.get(usize::from(self.queue_select))
     }
@@ -222,6 +234,16 @@ impl QueueRegisters {
             size: max_size,
             ..Self::default()
         }
+    }
+
+    /// Where its parts are, their sizes in bytes, and how the device accesses them (virtio 1.2, 2.7).
+    fn areas(&self) -> [(u64, u64, Permissions); 3] {
+        let size = u64::from(self.size);
+        [
+            (self.descriptors, 16 * size, Permissions::Read),
+            (self.available, 6 + 2 * size, Permissions::Read),
+            (self.used, 6 + 8 * size, Permissions::Write),
+        ]
     }
 
     pub(super) fn state(&self, event_idx_enabled: bool) -> QueueState {

@@ -43,8 +43,9 @@
 //!
 //! # Who is trusted
 //!
-//! Nobody: what is in the queues is the guest's. A queue that is none, such as one outside guest memory or one with more
-//! buffers than it has room for, yields nothing, and the device says that it needs a reset. A chain has no more
+//! Nobody: what is in the queues is the guest's. If a queue is outside guest memory when the driver says that it is ready,
+//! or later has more buffers than it has room for, the device says that it needs a reset, and the queue yields nothing.
+//! It yields nothing either while its memory is not mapped, or the device not bus master. A chain has no more
 //! descriptors than its table, but what they say is for the device to check: chains may be cut off where they are wrong,
 //! and addresses may be anywhere. The queues themselves have to be in memory that the client shares; buffers may be in
 //! memory that is reached by messages alone, by [`Memory::read`](vfio_user_server::Memory::read) and

@@ -80,7 +80,7 @@ impl VirtQueue {
         match self.try_pop(view) {
             Ok(chain) => chain,
             Err(error) => {
-                self.give_up(&error);
+                self.fail(&error);
                 None
             }
         }
@@ -99,7 +99,7 @@ impl VirtQueue {
         }
         self.has_pushed = true;
         if let Err(error) = self.queue.add_used(&**view, head, written) {
-            self.give_up(&error);
+            self.fail(&error);
         }
     }
 
@@ -110,7 +110,7 @@ impl VirtQueue {
         }
         self.has_pushed = true;
         if let Err(error) = self.try_push(view, used) {
-            self.give_up(&error);
+            self.fail(&error);
         }
     }
 
@@ -122,7 +122,7 @@ impl VirtQueue {
         match self.wants_interrupt(view) {
             Ok(true) => self.signals.used(self.index),
             Ok(false) => {}
-            Err(error) => self.give_up(&error),
+            Err(error) => self.fail(&error),
         }
     }
 
@@ -131,7 +131,7 @@ impl VirtQueue {
         if !self.is_broken
             && let Err(error) = self.queue.disable_notification(&**view)
         {
-            self.give_up(&error);
+            self.fail(&error);
         }
     }
 
@@ -142,7 +142,7 @@ impl VirtQueue {
         }
         let result = self.queue.enable_notification(&**view);
         result.unwrap_or_else(|error| {
-            self.give_up(&error);
+            self.fail(&error);
             false
         })
     }
@@ -158,6 +158,15 @@ impl VirtQueue {
     /// Where the next buffers are in the available ring and in the used ring.
     pub(super) fn position(&self) -> (u16, u16) {
         (self.queue.next_avail(), self.queue.next_used())
+    }
+
+    /// Something went wrong. What is not in memory now may be there later: the client may have to map it yet, or the guest
+    /// has to make the device bus master. All else cannot be put right.
+    fn fail(&mut self, error: &Error) {
+        match error {
+            Error::GuestMemory(error) => log::debug!("queue {}: {error}", self.index),
+            error => self.give_up(error),
+        }
     }
 
     fn try_pop<'a>(&mut self, view: &'a View) -> Result<Option<Chain<'a>>, Error> {

@@ -105,7 +105,13 @@ impl<D: VirtioDevice> Transport<D> {
         if (self.common.status | value) & status::FEATURES_OK == 0 {
             value &= !status::DRIVER_OK;
         }
+        let was_live = self.common.is_live();
         self.common.status |= value;
+        if !was_live && self.common.is_live() && !self.common.is_reachable(&self.host.memory.view())
+        {
+            let reason = "the driver has a queue where the device can reach no memory";
+            self.signals.need_reset(&reason);
+        }
         self.update();
     }
 
@@ -169,16 +175,10 @@ impl<D: VirtioDevice> Transport<D> {
         self.signals.reset();
     }
 
-    /// Rings a doorbell for a driver that writes it at another width.
-    fn ring(&self, offset: u64) {
-        let bell = (offset - NOTIFY) / u64::from(NOTIFY_STRIDE);
-        let bell = usize::try_from(bell)
-            .ok()
-            .and_then(|bell| self.bells.get(bell));
-        if let Some(bell) = bell {
-            // It can fail only if the counter is full, and then it has rung.
-            let _ = rustix::io::write(bell, &1_u64.to_ne_bytes());
-        }
+    /// The doorbell at an offset of the BAR.
+    fn bell(&self, offset: u64) -> Option<&DoorbellEvent> {
+        let bell = offset.checked_sub(NOTIFY)? / u64::from(NOTIFY_STRIDE);
+        self.bells.get(usize::try_from(bell).ok()?)
     }
 }
 
@@ -213,14 +213,22 @@ impl<D: VirtioDevice> Device for Transport<D> {
             self.write_common(offset, data);
         } else if CONFIG.contains(&offset) {
             self.device.write_config(offset - CONFIG.start, data);
-        } else if offset >= NOTIFY {
-            self.ring(offset);
+        } else if let Some(bell) = self.bell(offset) {
+            // A driver that writes it at another width than most.
+            ring(bell);
         }
         Ok(())
     }
 
     fn reset(&mut self) {
         self.reset_virtio();
+    }
+
+    fn memory_changed(&mut self) {
+        // Queues may have become reachable.
+        if self.is_active {
+            self.bells.iter().for_each(ring);
+        }
     }
 
     fn stop(&mut self) -> io::Result<()> {
@@ -308,4 +316,9 @@ impl<D: VirtioDevice> Transport<D> {
             device: self.device.save(),
         }
     }
+}
+
+fn ring(bell: &DoorbellEvent) {
+    // It can fail only if the counter is full, and then it has rung.
+    let _ = rustix::io::write(bell, &1_u64.to_ne_bytes());
 }
