@@ -123,10 +123,14 @@ impl Network {
 impl Tap {
     /// Says what packets that are read from all queues of the tap may be like (`TUN_F_*`).
     pub(super) fn set_offload(&self, offload: u32) -> io::Result<()> {
-        if self.is_tap {
-            ioctl::set_offload(&self.fd, offload)?;
+        if !self.is_tap {
+            return Ok(());
         }
-        Ok(())
+        match ioctl::set_offload(&self.fd, offload) {
+            // The tap has been deleted: nothing comes from it any more, and the card is one whose link is down.
+            Err(error) if error.raw_os_error() == Some(libc::EBADFD) => Ok(()),
+            result => result,
+        }
     }
 
     /// Takes this queue into use, so that the tap gives packets to it, or out of it. It may be so already.
