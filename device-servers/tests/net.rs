@@ -197,41 +197,6 @@ fn headers_of_offloads_pass_as_they_are() {
 }
 
 #[test]
-fn without_buffers_packets_wait_in_the_tap() {
-    for features in [0, MERGEABLE | EVENT_IDX] {
-        let (mut card, peers) = Card::new(1, features);
-        let mut sent = 0;
-        // Until the socket is full, which is when nobody reads it.
-        while peers[0].try_send(&packet(sent, 1000)) {
-            sent += 1;
-            thread::sleep(Duration::from_micros(200));
-        }
-        assert!(sent < 2000 && card.queues[0].pop().is_none());
-        let cpu = cpu_time();
-        thread::sleep(MOMENT);
-        assert!(cpu_time() - cpu < MOMENT / 2 * 3, "somebody does not rest");
-        // One at a time, with a kick for each.
-        for expected in 0..20 {
-            let head = card.queues[0].add(&[(incoming(0), 1526, true)]);
-            card.queues[0].kick();
-            assert_eq!(card.queues[0].wait().0, head);
-            assert_eq!(number(&card.ram().read(incoming(0), 1016)), expected);
-        }
-        card.fill(0, 32, 1526);
-        for expected in 20..sent {
-            assert_eq!(number(&card.receive(0)), expected);
-        }
-    }
-}
-
-/// What this process has used of processors; other tests use some too.
-fn cpu_time() -> Duration {
-    let stat = std::fs::read_to_string("/proc/self/schedstat").unwrap();
-    let nanoseconds = stat.split(' ').next().unwrap().parse().unwrap();
-    Duration::from_nanos(nanoseconds)
-}
-
-#[test]
 fn a_full_tap_holds_packets_back() {
     let (mut card, peers) = Card::new(1, EVENT_IDX);
     let mut sent = 0;
