@@ -20,8 +20,9 @@
 //! The state is the MAC address, the pairs in use, the offloads, and whether the driver has still to announce itself. The
 //! other card must have as many queues, the same MTU, and at least the features that the driver uses; its own MAC address
 //! is replaced. Where it runs next, it has the driver announce itself (`VIRTIO_NET_F_GUEST_ANNOUNCE`), and announces it
-//! with a few frames of reverse ARP, over about half a second, for drivers that don't. Packets that are in the tap stay
-//! there, and those that are under way to nowhere are lost, as with any cable that is pulled out.
+//! with a few frames of reverse ARP, over about a second, for drivers that don't. No packet of the driver's is
+//! lost or sent twice. Of those for it, what is in the tap when the card stops stays there, and one of each pair that the
+//! driver had no room for is dropped, as with a cable that is pulled out.
 //!
 //! # Sandbox
 //!
