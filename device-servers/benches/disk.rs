@@ -5,7 +5,8 @@
 #[path = "../tests/support/mod.rs"]
 mod support;
 
-use criterion::{Criterion, Throughput, criterion_group, criterion_main};
+use std::time::{Duration, Instant};
+
 use device_servers::disk::{self, Options};
 use support::{BUFFERS, EVENT_IDX, Machine, Queue, Ram};
 
@@ -68,26 +69,31 @@ impl Bench {
     }
 }
 
-fn disk(criterion: &mut Criterion) {
+fn main() {
+    // `cargo test --benches` only wants to know that it works.
+    let is_test = !std::env::args().any(|argument| argument == "--bench");
+    let rounds = if is_test { 1 } else { 50 };
     let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
     let path = folder.path().join("image");
     std::fs::write(&path, vec![0x5a; usize::try_from(IMAGE_SIZE).unwrap()]).unwrap();
     let options = Options::new(&path);
-    let mut group = criterion.benchmark_group("disk");
     for (name, kind) in [("read", IN), ("write", OUT)] {
         for (depth, length) in [(1, 4096), (32, 4096), (1, 1 << 20)] {
             let mut bench = Bench::new(&options, kind, depth, length);
-            group.throughput(Throughput::Elements(depth));
-            group.bench_function(
-                format!("{name} {length} bytes, {depth} at a time"),
-                |bencher| {
-                    bencher.iter(|| bench.run());
-                },
+            let mut times: Vec<_> = (0..rounds).map(|_| time(|| bench.run())).collect();
+            times.sort_unstable();
+            let [best, median] = [times[0], times[times.len() / 2]];
+            println!(
+                "{name:5} {length:7} bytes, {depth:2} at a time: {best:?} (median {median:?})"
             );
         }
     }
-    group.finish();
 }
 
-criterion_group!(benches, disk);
-criterion_main!(benches);
+/// How long it takes, on the average of a few hundred times.
+fn time(mut run: impl FnMut()) -> Duration {
+    const TIMES: u32 = 300;
+    let start = Instant::now();
+    (0..TIMES).for_each(|_| run());
+    start.elapsed() / TIMES
+}
