@@ -16,7 +16,7 @@ pub enum NetError {
     )]
     Name(String),
     /// There cannot be as many pairs of queues.
-    #[error("num_queues is the number of pairs of queues, 1 to {MAX_PAIRS}, and not {0}")]
+    #[error("a network card has 1 to {MAX_PAIRS} pairs of queues, and not {0}")]
     Queues(u16),
     /// The queues cannot be as long.
     #[error("queue_size is a power of two from {MIN_QUEUE_SIZE} to {MAX_QUEUE_SIZE}, and not {0}")]

@@ -50,8 +50,10 @@ pub enum SandboxError {
 pub enum Role {
     /// The [demo](crate::demo) device.
     Demo,
-    /// A disk: a file or a block device, and io_uring.
+    /// A [disk](crate::disk): a file or a block device, and io_uring.
     Disk,
+    /// A [network card](crate::net): a tap, and what tells whether it is up.
+    Net,
 }
 
 impl Role {
@@ -60,6 +62,7 @@ impl Role {
         match self {
             Self::Demo => "outrigger-demo",
             Self::Disk => "outrigger-disk",
+            Self::Net => "outrigger-net",
         }
     }
 }

@@ -76,22 +76,24 @@ const EVERY_IF: &[Only] = &[
     Only::masked(libc::SYS_mmap, 2, libc::PROT_EXEC, 0),
     Only::masked(libc::SYS_mprotect, 2, libc::PROT_EXEC, 0),
     // A socket that does not block, and the twin socket.
-    Only::value(libc::SYS_ioctl, 1, 0x5421), // FIONBIO of asm-generic/ioctls.h
+    Only::ioctl(libc::FIONBIO),
     Only::value(libc::SYS_socketpair, 0, libc::AF_UNIX),
 ];
 
 /// What a disk needs besides.
 const DISK: &[c_long] = &[
     libc::SYS_fadvise64,
-    libc::SYS_fallocate,
     libc::SYS_fdatasync,
-    libc::SYS_fsync,
     libc::SYS_io_uring_enter,
     libc::SYS_io_uring_register,
     libc::SYS_io_uring_setup,
-    libc::SYS_preadv,
-    libc::SYS_pwritev,
-    libc::SYS_pwritev2,
+];
+
+/// What a network card needs besides: packets, and the netlink socket that tells of the tap's link.
+const NET: &[c_long] = &[libc::SYS_readv, libc::SYS_recvfrom, libc::SYS_sendto];
+const NET_IF: &[Only] = &[
+    Only::ioctl(libc::TUNSETOFFLOAD),
+    Only::ioctl(libc::TUNSETQUEUE),
 ];
 
 /// A system call that is allowed if some bits of an argument have a certain value.
@@ -111,6 +113,16 @@ impl Only {
             argument,
             mask: u32::MAX as u64,
             value: value.cast_unsigned() as u64,
+        }
+    }
+
+    /// Only this request.
+    const fn ioctl(request: libc::Ioctl) -> Self {
+        Self {
+            call: libc::SYS_ioctl,
+            argument: 1,
+            mask: u32::MAX as u64,
+            value: request,
         }
     }
 
@@ -140,13 +152,14 @@ pub(super) fn allow_only(role: Role) -> Result<(), seccompiler::Error> {
 }
 
 fn allowed(role: Role) -> Result<BpfProgram, BackendError> {
-    let own = match role {
-        Role::Demo => [].as_slice(),
-        Role::Disk => DISK,
+    let (own, own_if) = match role {
+        Role::Demo => ([].as_slice(), [].as_slice()),
+        Role::Disk => (DISK, [].as_slice()),
+        Role::Net => (NET, NET_IF),
     };
     let calls = EVERY.iter().chain(own);
     let mut rules: BTreeMap<_, _> = calls.map(|call| (*call, Vec::new())).collect();
-    for only in EVERY_IF {
+    for only in EVERY_IF.iter().chain(own_if) {
         let alternatives: &mut Vec<_> = rules.entry(only.call).or_default();
         alternatives.push(only.rule()?);
     }
