@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
 use clap::Parser;
+use tempfile::NamedTempFile;
 use tests::tiny;
 
 /// Measures start-up and memory.
@@ -48,7 +49,9 @@ fn main() -> anyhow::Result<()> {
         code.print(b'x')?;
         code.halt()
     })?;
-    let programs = programs(&arguments, kernel.path());
+    let image = NamedTempFile::new()?;
+    image.as_file().set_len(1 << 30)?;
+    let programs = programs(&arguments, kernel.path(), image.path());
     let mut results: BTreeMap<&str, Vec<Figures>> = BTreeMap::new();
     for _ in 0..arguments.runs {
         for (name, command) in &programs {
@@ -90,21 +93,29 @@ fn main() -> anyhow::Result<()> {
 }
 
 /// The programs to be measured, each with its arguments.
-fn programs(arguments: &Arguments, kernel: &Path) -> Vec<(&'static str, Vec<PathBuf>)> {
+fn programs(
+    arguments: &Arguments,
+    kernel: &Path,
+    image: &Path,
+) -> Vec<(&'static str, Vec<PathBuf>)> {
+    // One run's server may still have the image when the next one's starts.
+    let disk = format!("path={},readonly=on", image.display());
     let command = |program: &Path, words: &str| {
         let words = words.split(' ').map(|word| match word {
             "KERNEL" => kernel.to_owned(),
+            "DISK" => PathBuf::from(&disk),
             word => word.into(),
         });
         [program.to_owned()].into_iter().chain(words).collect()
     };
-    let mut programs = vec![(
-        "outrigger",
-        command(
-            &arguments.outrigger,
-            "--kernel KERNEL --memory size=512M --serial tty",
+    let words = "--kernel KERNEL --memory size=512M --serial tty";
+    let mut programs = vec![
+        ("outrigger", command(&arguments.outrigger, words)),
+        (
+            "outrigger, a disk",
+            command(&arguments.outrigger, &format!("{words} --disk DISK")),
         ),
-    )];
+    ];
     if let Some(program) = &arguments.cloud_hypervisor {
         let words = "--kernel KERNEL --memory size=512M,shared=on --serial tty --console off";
         programs.push(("cloud-hypervisor", command(program, words)));
