@@ -2,6 +2,7 @@
 
 use std::fmt;
 use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -28,7 +29,15 @@ const IRQS: u32 = 3;
 impl Remote {
     /// Connects to the server that listens on `socket`. `memory` is what it may reach by messages.
     pub fn connect(socket: &Path, memory: Arc<dyn GuestDma>) -> Result<Self, BackendError> {
-        let client = Client::connect(socket, memory, &Options::default())?;
+        Self::new(Client::connect(socket, memory, &Options::default())?)
+    }
+
+    /// Connects to the server at the other end of `stream`.
+    pub fn handshake(stream: UnixStream, memory: Arc<dyn GuestDma>) -> Result<Self, BackendError> {
+        Self::new(Client::handshake(stream, memory, &Options::default())?)
+    }
+
+    fn new(client: Client) -> Result<Self, BackendError> {
         start(&client)?;
         let info = client.device_info()?;
         if !info.pci || info.regions < REGIONS || info.irqs < IRQS {

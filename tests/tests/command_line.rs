@@ -1,6 +1,7 @@
 //! Mistakes on the command line: each is one line that names the flag, exit status 1, and nothing is left behind.
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
+use std::fs::File;
 use std::os::unix::net::UnixListener;
 use std::process::Output;
 
@@ -85,6 +86,10 @@ fn absurd_values_are_refused() {
             ["--user-device", "`socket=` is missing"],
         ),
         ("--user-device", "path=/s", ["unknown key `path`", "socket"]),
+        ("--disk", "readonly=on", ["--disk", "`path=` is missing"]),
+        ("--disk", "path=", ["--disk", "a path is needed"]),
+        ("--disk", "path=d,format=qcow2", ["--disk", "queue_size"]),
+        ("--disk", "path=d,queue_size=x", ["--disk", "queue_size=x"]),
     ] {
         // The serial port is opened last, when there is a VM.
         if flag == "--serial" && value.starts_with("file") && !has_kvm() {
@@ -144,6 +149,42 @@ fn sockets_without_a_server_are_named() {
         ];
         expect_mistake(&["--kernel", kernel, "--user-device", &option], &parts);
     }
+}
+
+#[test]
+fn images_that_cannot_be_served_are_named() {
+    if !has_kvm() {
+        return;
+    }
+    let kernel = tiny::guest(|code| code.halt()).unwrap();
+    let kernel = kernel.path().to_str().unwrap();
+    let folder = TempDir::new().unwrap();
+    let image = folder.path().join("image.raw");
+    File::create(&image).unwrap().set_len(1 << 20).unwrap();
+    let image = image.to_str().unwrap();
+    let expect = |disks: &[&str], flag: &str, part: &str| {
+        let arguments = [&["--kernel", kernel, "--disk"], disks].concat();
+        expect_mistake(&arguments, &[flag, part]);
+    };
+    let absent = ["path=/no/such/image"];
+    expect(&absent, "--disk path=/no/such/image: ", "No such file");
+    expect(
+        &["path=/dev/null"],
+        "--disk path=/dev/null: ",
+        "block device",
+    );
+    let (disk, flag) = (format!("path={image}"), format!("--disk path={image}: "));
+    expect(&[&disk, &disk], &flag, "in use");
+    let short = format!("{disk},queue_size=100");
+    expect(&[&short], &flag, "power of two");
+    // Nothing is left of the servers that did start.
+    let after = format!("{disk},num_queues=0");
+    expect(
+        &[&disk, absent[0]],
+        "--disk path=/no/such/image: ",
+        "No such file",
+    );
+    expect(&[&after], &flag, "queues");
 }
 
 #[test]

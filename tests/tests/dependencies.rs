@@ -37,6 +37,7 @@ const ROOMS: &[(&str, &[&str])] = &[
         &[
             "pci",
             "vfio-user-client",
+            "vfio-user-server",
             "devices",
             "device-servers",
             "kvm-ioctls",

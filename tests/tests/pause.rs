@@ -90,6 +90,8 @@ fn pause_and_resume(kernel: &Path, pause_at: u32) -> (String, u32, u32) {
             prefault: false,
         },
         serial: SerialConfig::File(output.clone()),
+        disks: Vec::new(),
+        nets: Vec::new(),
         devices: Vec::new(),
         iommufd: IommufdConfig::Auto,
         user_devices: vec![UserDeviceConfig {

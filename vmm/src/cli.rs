@@ -6,9 +6,11 @@ use std::process::ExitCode;
 use anyhow::{Context as _, bail};
 use clap::{ArgAction, Parser, Subcommand};
 use vmm::{
-    HostDeviceConfig, IommufdConfig, MemoryConfig, PayloadConfig, SerialConfig, UserDeviceConfig,
-    VmConfig, parse_vcpus,
+    DiskConfig, HostDeviceConfig, IommufdConfig, MemoryConfig, NetConfig, PayloadConfig,
+    SerialConfig, UserDeviceConfig, VmConfig, parse_vcpus,
 };
+
+use crate::serve;
 
 /// Boots a guest with KVM whose PCI devices live in other processes.
 #[derive(Debug, Parser)]
@@ -52,6 +54,18 @@ pub(crate) struct Cli {
     #[arg(long, value_name = "off", default_value = "off")]
     console: String,
 
+    /// A disk: path= with a raw image or a block device, readonly=on, direct=on to pass by the host's page cache,
+    /// num_queues= and queue_size=, serial= to show the guest, and id=NAME to call it by. Takes several values,
+    /// and may be repeated
+    #[arg(long = "disk", value_name = "path=PATH,...", num_args = 1..)]
+    disks: Vec<String>,
+
+    /// A network card on a tap: tap= with the name of one (else one is made, which takes CAP_NET_ADMIN), mac=, mtu=,
+    /// num_queues= for those that receive and those that transmit together, queue_size=, and id=NAME to call it by. Takes
+    /// several values, and may be repeated
+    #[arg(long = "net", value_name = "tap=NAME,...", num_args = 0.., default_missing_value = "")]
+    nets: Vec<String>,
+
     /// A device of the host: path= with its sysfs directory, its PCI address or a mediated device's
     /// UUID, id=NAME to call it by, and rom=on to show its expansion ROM; or fd= with an open VFIO
     /// character device. Takes several values, and may be repeated
@@ -81,21 +95,10 @@ pub(crate) struct Cli {
 pub(crate) enum Command {
     /// Serves a built-in device over vfio-user, for any VMM
     #[command(subcommand)]
-    Serve(Device),
+    Serve(serve::Device),
     /// Shows the host's devices, gives them to VFIO, and gives them back
     #[command(subcommand)]
     Vfio(Vfio),
-}
-
-/// The built-in devices.
-#[derive(Debug, Subcommand)]
-pub(crate) enum Device {
-    /// A device that does everything that a device can do: for demonstrations, tests, and those who write a client
-    Demo {
-        /// The socket to listen on
-        #[arg(long, value_name = "PATH")]
-        socket: PathBuf,
-    },
 }
 
 /// What can be done about the host's devices.
@@ -142,7 +145,7 @@ impl Cli {
         })
     }
 
-    /// Logs to standard error.
+    /// Logs to standard error. A server of a VM has that in common with it, and says which it is.
     pub(crate) fn set_up_log(&self) {
         let level = match self.verbose {
             0 => log::LevelFilter::Warn,
@@ -150,13 +153,18 @@ impl Cli {
             2 => log::LevelFilter::Debug,
             _ => log::LevelFilter::Trace,
         };
+        let name = match &self.command {
+            Some(Command::Serve(device)) => device.id().map(|id| format!("{id}: ")),
+            _ => None,
+        };
+        let name = name.unwrap_or_default();
         env_logger::Builder::new()
             .filter_level(level)
-            .format(|out, record| {
+            .format(move |out, record| {
                 use std::io::Write as _;
                 writeln!(
                     out,
-                    "outrigger: {}: {}",
+                    "outrigger: {}: {name}{}",
                     record.level().as_str().to_lowercase(),
                     record.args()
                 )
@@ -177,6 +185,8 @@ impl Cli {
             .as_deref()
             .map(MemoryConfig::parse)
             .transpose()?;
+        let disks = self.disks.iter().enumerate();
+        let nets = self.nets.iter().enumerate();
         let host_devices = self.devices.iter().enumerate();
         let devices = self.user_devices.iter().enumerate();
         let config = VmConfig {
@@ -188,6 +198,12 @@ impl Cli {
             vcpus: parse_vcpus(&self.cpus)?,
             memory: memory.unwrap_or_default(),
             serial: SerialConfig::parse(&self.serial)?,
+            disks: disks
+                .map(|(place, text)| DiskConfig::parse(text, place))
+                .collect::<Result<_, _>>()?,
+            nets: nets
+                .map(|(place, text)| NetConfig::parse(text, place))
+                .collect::<Result<_, _>>()?,
             devices: host_devices
                 .map(|(place, text)| HostDeviceConfig::parse(text, place))
                 .collect::<Result<_, _>>()?,
@@ -239,7 +255,17 @@ mod tests {
             "boot=4",
             "--memory",
             "size=1024M,shared=on",
+            "--disk",
+            "path=focal.raw",
+            "path=seed.raw,readonly=on",
+            "--net",
+            "tap=vm0,mac=52:54:00:12:34:56",
+            "--net",
         ]);
+        let disks: Vec<_> = config.disks.iter().map(|disk| disk.id.as_str()).collect();
+        assert_eq!(disks, ["disk0", "disk1"]);
+        let nets: Vec<_> = config.nets.iter().map(|net| net.id.as_str()).collect();
+        assert_eq!(nets, ["net0", "net1"]);
         assert_eq!((config.vcpus, config.memory.size), (4, 1 << 30));
         assert_eq!(config.serial, SerialConfig::Tty);
     }

@@ -191,7 +191,8 @@ impl MutEventSubscriber for HostNotices {
     }
 }
 
-fn watch(ops: &mut EventOps<'_>, source: &impl AsRawFd) {
+/// Waits for a descriptor to be readable.
+pub(crate) fn watch(ops: &mut EventOps<'_>, source: &impl AsRawFd) {
     if let Err(error) = ops.add(Events::new(source, EventSet::IN)) {
         log::error!("cannot watch a descriptor: {error}");
     }

@@ -21,16 +21,18 @@ mod memory;
 mod options;
 mod pci_host;
 mod platform;
+mod servers;
 mod slots;
 mod vcpu;
 mod vcpus;
 mod vm;
 
 pub use config::{
-    ConfigError, HostDeviceConfig, HostDeviceSource, IommufdConfig, MemoryConfig, PayloadConfig,
-    SerialConfig, UserDeviceConfig, VmConfig, parse_vcpus,
+    ConfigError, DiskConfig, HostDeviceConfig, HostDeviceSource, IommufdConfig, MemoryConfig,
+    NetConfig, PayloadConfig, SerialConfig, UserDeviceConfig, VmConfig, parse_vcpus,
 };
 pub use ending::Ending;
 pub use kvm::only_emulates;
+pub use servers::SERVER_READY;
 pub use vcpus::Vcpus;
 pub use vm::{Vm, VmError};

@@ -1,15 +1,15 @@
 //! The `outrigger` command.
 
 mod cli;
+mod serve;
 mod vfio_command;
 
 use std::process::ExitCode;
 
 use anyhow::Context as _;
-use device_servers::demo;
 use vmm::{Ending, Vm};
 
-use crate::cli::{Cli, Command, Device};
+use crate::cli::{Cli, Command};
 
 fn main() -> ExitCode {
     let cli = match Cli::from_arguments() {
@@ -18,7 +18,7 @@ fn main() -> ExitCode {
     };
     cli.set_up_log();
     let done = match &cli.command {
-        Some(Command::Serve(device)) => serve(device).map(|()| ExitCode::SUCCESS),
+        Some(Command::Serve(device)) => serve::run(device),
         Some(Command::Vfio(command)) => vfio_command::run(command).map(|()| ExitCode::SUCCESS),
         None => run(&cli).map(|ending| report(&ending)),
     };
@@ -56,15 +56,4 @@ fn report(ending: &Ending) -> ExitCode {
         eprintln!("outrigger: {ending}");
     }
     ExitCode::from(ending.exit_status())
-}
-
-/// Serves a device until the process is ended.
-fn serve(device: &Device) -> anyhow::Result<()> {
-    match device {
-        Device::Demo { socket } => {
-            let ready = || println!("listening on {}", socket.display());
-            demo::serve(&demo::Options::new(socket), ready)
-                .with_context(|| format!("--socket {}", socket.display()))
-        }
-    }
 }

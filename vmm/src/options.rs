@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
+use std::str::FromStr;
 
 /// Why an option cannot be understood.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -43,7 +44,7 @@ fn list(keys: &[&str]) -> String {
 }
 
 /// The values of an option's keys.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub(crate) struct Options(BTreeMap<&'static str, String>);
 
 impl Options {
@@ -103,10 +104,13 @@ impl Options {
         }
     }
 
-    /// A number, if it is given.
-    pub(crate) fn number(&mut self, key: &'static str) -> Result<Option<u32>, OptionError> {
+    /// A number that a `T` has room for, if it is given.
+    pub(crate) fn number<T: FromStr>(
+        &mut self,
+        key: &'static str,
+    ) -> Result<Option<T>, OptionError> {
         let parse = |value: String| {
-            let expected = "a whole number is needed";
+            let expected = "a whole number is needed, and not so large a one";
             value.parse().map_err(|_| OptionError::Value {
                 key,
                 value,
@@ -159,7 +163,7 @@ mod tests {
         assert_eq!(options.size("size"), Ok(Some(512 << 20)));
         assert_eq!(options.switch("shared"), Ok(true));
         assert_eq!(options.path("path"), Ok(Some("/a=b".into())));
-        assert_eq!(options.number("count"), Ok(Some(3)));
+        assert_eq!(options.number("count"), Ok(Some(3_u32)));
         assert_eq!(options.size("size"), Ok(None));
         assert_eq!(options.switch("shared"), Ok(false));
     }
@@ -200,6 +204,6 @@ mod tests {
         assert!(options.size("size").is_err());
         assert!(options.switch("shared").is_err());
         assert!(options.path("path").is_err());
-        assert!(options.number("count").is_err());
+        assert!(options.number::<u32>("count").is_err());
     }
 }

@@ -14,6 +14,7 @@ use crate::host_devices::HostDevice;
 use crate::interrupts::Interrupts;
 use crate::layout;
 use crate::memory::Memory;
+use crate::servers::Device;
 
 /// Why a device is not on the bus.
 #[derive(Debug, thiserror::Error)]
@@ -28,6 +29,17 @@ pub enum DeviceError {
         id: String,
         /// Its server's socket.
         socket: PathBuf,
+        /// What went wrong.
+        #[source]
+        source: Cause,
+    },
+    /// A built-in device cannot be attached.
+    #[error("{flag}: cannot attach {id}")]
+    AttachBuiltIn {
+        /// The flag that asks for the device.
+        flag: String,
+        /// The device.
+        id: String,
         /// What went wrong.
         #[source]
         source: Cause,
@@ -94,10 +106,37 @@ impl PciHost {
     }
 
     fn try_attach(&mut self, config: &UserDeviceConfig, memory: &Memory) -> Result<Server, Cause> {
-        let remote = Arc::new(Remote::connect(&config.socket, memory.for_messages())?);
-        memory.attach(remote.as_ref())?;
-        let endpoint = self.insert(&config.id, remote.clone(), false)?;
+        let remote = Remote::connect(&config.socket, memory.for_messages())?;
+        let server = self.insert_remote(&config.id, remote, memory)?;
         log::info!("{} is served on {}", config.id, config.socket.display());
+        Ok(server)
+    }
+
+    /// As [`attach`](Self::attach), for a server that this process has started.
+    pub(crate) fn attach_built_in(
+        &mut self,
+        Device {
+            id,
+            flag,
+            connection,
+        }: Device,
+        memory: &Memory,
+    ) -> Result<Server, DeviceError> {
+        Remote::handshake(connection, memory.for_messages())
+            .map_err(Cause::from)
+            .and_then(|remote| self.insert_remote(&id, remote, memory))
+            .map_err(|source| DeviceError::AttachBuiltIn { flag, id, source })
+    }
+
+    fn insert_remote(
+        &mut self,
+        id: &str,
+        remote: Remote,
+        memory: &Memory,
+    ) -> Result<Server, Cause> {
+        let remote = Arc::new(remote);
+        memory.attach(remote.as_ref())?;
+        let endpoint = self.insert(id, remote.clone(), false)?;
         Ok(Server { remote, endpoint })
     }
 

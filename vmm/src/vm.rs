@@ -19,6 +19,7 @@ use crate::layout;
 use crate::memory::{self, Memory, MemoryError};
 use crate::pci_host::{DeviceError, PciHost};
 use crate::platform::Platform;
+use crate::servers::{self, ServerError, Servers};
 use crate::slots::{SlotError, Slots};
 use crate::vcpu::{self, MsrIndices, Vcpu, VcpuContext, VcpuError};
 use crate::vcpus::Vcpus;
@@ -58,6 +59,9 @@ pub enum VmError {
     /// A vCPU cannot be made.
     #[error(transparent)]
     Vcpu(#[from] VcpuError),
+    /// A built-in device has no server.
+    #[error(transparent)]
+    Server(#[from] ServerError),
     /// A device of the host cannot be had.
     #[error(transparent)]
     HostDevice(#[from] HostDeviceError),
@@ -100,6 +104,8 @@ pub struct Vm {
     payload: Payload,
     acpi: acpi::Machine,
     memory: Memory,
+    /// Ends when nothing uses its devices any more.
+    _servers: Servers,
 }
 
 impl Vm {
@@ -107,6 +113,8 @@ impl Vm {
     pub fn new(config: &VmConfig) -> Result<Self, VmError> {
         config.validate()?;
         let payload = Payload::open(&config.payload)?;
+        // They start while the machine is made.
+        let starting = servers::start(config)?;
         let kvm = kvm::open()?;
         let vm = kvm::create_vm(&kvm, config.vcpus)?;
         vcpu::catch_kicks().map_err(VmError::Kicks)?;
@@ -130,17 +138,25 @@ impl Vm {
             windows,
         };
         let mut pci = PciHost::new(space, interrupts.clone())?;
-        let host_devices = host_devices::open(&config.devices, config.iommufd, &vm, &memory)?;
-        let notices = host_devices
-            .into_iter()
-            .map(|device| pci.attach_host_device(device))
-            .collect::<Result<Vec<_>, _>>()?;
-        let mut servers = Vec::with_capacity(config.user_devices.len());
+        let endings = Arc::new(Endings::new().map_err(VmError::Event)?);
+        let mut event_loop = EventLoop::new(endings.clone())?;
+        let mut servers = Servers::default();
+        for server in starting {
+            let (device, process) = server.wait()?;
+            let server = pci
+                .attach_built_in(device, &memory)
+                .inspect_err(|_| process.report_end())?;
+            servers.add(process.clone(), server.remote.clone());
+            event_loop.add(Box::new(server));
+            event_loop.add(Box::new(servers::Exit(process)));
+        }
+        for device in host_devices::open(&config.devices, config.iommufd, &vm, &memory)? {
+            event_loop.add(Box::new(pci.attach_host_device(device)?));
+        }
         for device in &config.user_devices {
-            servers.push(pci.attach(device, &memory)?);
+            event_loop.add(Box::new(pci.attach(device, &memory)?));
         }
 
-        let endings = Arc::new(Endings::new().map_err(VmError::Event)?);
         let context = Arc::new(VcpuContext {
             memory: memory_bus,
             ports: ports.clone(),
@@ -156,13 +172,6 @@ impl Vm {
             .map(|id| Vcpu::new(&kvm, &vm, id, &cpuid, &msrs, context.clone()))
             .collect::<Result<_, _>>()?;
 
-        let mut event_loop = EventLoop::new(endings.clone())?;
-        for notices in notices {
-            event_loop.add(Box::new(notices));
-        }
-        for server in servers {
-            event_loop.add(Box::new(server));
-        }
         let power_button = interrupts.edge(layout::POWER_BUTTON_GSI)?;
         event_loop.add(Box::new(Signals::catch(power_button, endings.clone())?));
         // The terminal comes last: from now on nothing should fail.
@@ -190,6 +199,7 @@ impl Vm {
             payload,
             acpi,
             memory,
+            _servers: servers,
         };
         vm.load()?;
         Ok(vm)

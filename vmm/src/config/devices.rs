@@ -112,7 +112,7 @@ impl IommufdConfig {
 /// A descriptor that this process was started with: not one of the three that it uses itself. (Flags are parsed before
 /// anything is opened, so that it is not one of those either.)
 fn descriptor(options: &mut Options, key: &'static str) -> Result<Option<RawFd>, OptionError> {
-    let Some(number) = options.number(key)? else {
+    let Some(number) = options.number::<u32>(key)? else {
         return Ok(None);
     };
     let is_open = |fd: &RawFd| *fd > 2 && Path::new(&format!("/proc/self/fd/{fd}")).exists();
@@ -124,7 +124,7 @@ fn descriptor(options: &mut Options, key: &'static str) -> Result<Option<RawFd>,
     })
 }
 
-fn option_error(flag: &'static str) -> impl Fn(OptionError) -> ConfigError + Copy {
+pub(super) fn option_error(flag: &'static str) -> impl Fn(OptionError) -> ConfigError + Copy {
     move |source| ConfigError::Option { flag, source }
 }
 

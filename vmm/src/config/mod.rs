@@ -1,11 +1,15 @@
 //! What a VM is to be: the values behind the command line, checked as far as they can be without a host.
 
 mod devices;
+mod disk;
+mod net;
 
 use std::collections::BTreeSet;
 use std::path::PathBuf;
 
 pub use self::devices::{HostDeviceConfig, HostDeviceSource, IommufdConfig, UserDeviceConfig};
+pub use self::disk::DiskConfig;
+pub use self::net::NetConfig;
 
 use crate::layout::PAGE_SIZE;
 use crate::options::{OptionError, Options};
@@ -53,7 +57,9 @@ pub enum ConfigError {
     #[error("two devices have the id `{0}`: give each its own with id=")]
     SameId(String),
     /// More devices than the bus has room for.
-    #[error("--device, --user-device: there is room for {MAX_DEVICES} devices, not {0}")]
+    #[error(
+        "--disk, --net, --device, --user-device: there is room for {MAX_DEVICES} devices, not {0}"
+    )]
     TooManyDevices(usize),
     /// A device of the host that is called in two ways.
     #[error("--device: give either path= or fd=")]
@@ -80,11 +86,15 @@ pub struct VmConfig {
     pub memory: MemoryConfig,
     /// Its serial port.
     pub serial: SerialConfig,
-    /// The host's devices that it has, in the order of their places on the bus.
+    /// Its disks, in the order of their places on the bus.
+    pub disks: Vec<DiskConfig>,
+    /// Its network cards, which come behind them.
+    pub nets: Vec<NetConfig>,
+    /// The host's devices that it has, which come behind those.
     pub devices: Vec<HostDeviceConfig>,
     /// How these get at guest memory.
     pub iommufd: IommufdConfig,
-    /// Its vfio-user devices, which come behind them.
+    /// Its vfio-user devices, which come last.
     pub user_devices: Vec<UserDeviceConfig>,
 }
 
@@ -130,18 +140,24 @@ impl VmConfig {
         if !(1..=MAX_VCPUS).contains(&self.vcpus) {
             return Err(ConfigError::Vcpus(self.vcpus));
         }
-        let count = self.devices.len() + self.user_devices.len();
+        let count = self.ids().count();
         if count > MAX_DEVICES {
             return Err(ConfigError::TooManyDevices(count));
         }
-        let (host, user) = (&self.devices, &self.user_devices);
-        let all = host.iter().map(|device| &device.id);
-        let mut all = all.chain(user.iter().map(|device| &device.id));
         let mut ids = BTreeSet::new();
-        if let Some(id) = all.find(|id| !ids.insert(*id)) {
+        if let Some(id) = self.ids().find(|id| !ids.insert(*id)) {
             return Err(ConfigError::SameId(id.clone()));
         }
         self.validate_descriptors()
+    }
+
+    /// The names of all devices.
+    fn ids(&self) -> impl Iterator<Item = &String> {
+        let disks = self.disks.iter().map(|disk| &disk.id);
+        let nets = self.nets.iter().map(|net| &net.id);
+        let host = self.devices.iter().map(|device| &device.id);
+        let user = self.user_devices.iter().map(|device| &device.id);
+        disks.chain(nets).chain(host).chain(user)
     }
 
     /// Whoever takes a descriptor owns it, so it can be named once.
@@ -261,6 +277,8 @@ mod tests {
             vcpus: 1,
             memory: MemoryConfig::default(),
             serial: SerialConfig::Off,
+            disks: Vec::new(),
+            nets: Vec::new(),
             devices: Vec::new(),
             iommufd: IommufdConfig::Auto,
             user_devices: Vec::new(),
@@ -332,6 +350,12 @@ mod tests {
         let mixed = VmConfig {
             devices: vec![given("d", 7)],
             user_devices: vec![device("socket=/a,id=d", 0)],
+            ..config()
+        };
+        assert_eq!(mixed.validate(), Err(ConfigError::SameId("d".into())));
+        let mixed = VmConfig {
+            disks: vec![DiskConfig::parse("path=a,id=d", 0).unwrap()],
+            nets: vec![NetConfig::parse("id=d", 0).unwrap()],
             ..config()
         };
         assert_eq!(mixed.validate(), Err(ConfigError::SameId("d".into())));

@@ -1,0 +1,158 @@
+//! The servers of the VM's built-in devices. Each is a process of its own, of the same program as this one, and at the
+//! other end of a connection that has no name in the file system.
+//!
+//! A server takes a while to start. So all are started before there is a machine, and awaited when it needs them.
+
+mod built_in;
+mod process;
+
+use std::io::{self, PipeReader, Read as _, pipe};
+use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use devices::{Backend as _, Remote};
+
+use self::built_in::BuiltIn;
+pub(crate) use self::process::{Exit, Process};
+use crate::config::VmConfig;
+
+/// What a server writes to its standard output when it has a device to serve. Anything else is why it has none.
+pub const SERVER_READY: &[u8] = b"ready\n";
+
+/// How long servers may take to finish when their VM has ended. They may have to wait for the host's disks.
+const PATIENCE: Duration = Duration::from_secs(10);
+
+/// Most bytes that a server says about why it does not serve.
+const MAX_REPORT: u64 = 4096;
+
+/// Why a built-in device has no server.
+#[derive(Debug, thiserror::Error)]
+pub enum ServerError {
+    /// There is no process.
+    #[error("{flag}: cannot start the server of this device")]
+    Spawn {
+        /// The flag that asks for the device.
+        flag: String,
+        /// What the kernel said.
+        #[source]
+        source: io::Error,
+    },
+    /// The server says why it does not serve.
+    #[error("{flag}: {reason}")]
+    Refused {
+        /// The flag that asks for the device.
+        flag: String,
+        /// What the server says.
+        reason: String,
+    },
+    /// The server ended without a word.
+    #[error("{flag}: the server of this device has failed: {end}")]
+    Died {
+        /// The flag that asks for the device.
+        flag: String,
+        /// How it ended.
+        end: String,
+    },
+}
+
+/// A server that has been started, and may not have come far.
+#[derive(Debug)]
+pub(crate) struct Starting {
+    device: BuiltIn,
+    connection: UnixStream,
+    report: PipeReader,
+    process: Process,
+}
+
+/// A device that waits for its client.
+#[derive(Debug)]
+pub(crate) struct Device {
+    /// What it is called.
+    pub(crate) id: String,
+    /// The flag that asks for it.
+    pub(crate) flag: String,
+    /// The way to its server.
+    pub(crate) connection: UnixStream,
+}
+
+/// Starts the servers of all built-in devices, in the order of their places on the bus.
+pub(crate) fn start(config: &VmConfig) -> Result<Vec<Starting>, ServerError> {
+    let disks = config.disks.iter().map(BuiltIn::from);
+    let nets = config.nets.iter().map(BuiltIn::from);
+    disks.chain(nets).map(Starting::new).collect()
+}
+
+impl Starting {
+    fn new(device: BuiltIn) -> Result<Self, ServerError> {
+        let start = || {
+            let (connection, theirs) = UnixStream::pair()?;
+            let (report, to_report) = pipe()?;
+            let process = Process::spawn(&device, theirs, to_report)?;
+            Ok((connection, report, process))
+        };
+        match start() {
+            Ok((connection, report, process)) => Ok(Self {
+                device,
+                connection,
+                report,
+                process,
+            }),
+            Err(source) => Err(ServerError::Spawn {
+                flag: device.flag,
+                source,
+            }),
+        }
+    }
+
+    /// Waits until the server has its device.
+    pub(crate) fn wait(self) -> Result<(Device, Arc<Process>), ServerError> {
+        let BuiltIn { id, flag, .. } = self.device;
+        let mut report = Vec::new();
+        match self.report.take(MAX_REPORT).read_to_end(&mut report) {
+            Err(source) => Err(ServerError::Spawn { flag, source }),
+            Ok(_) if report == SERVER_READY => {
+                let connection = self.connection;
+                let device = Device {
+                    id,
+                    flag,
+                    connection,
+                };
+                Ok((device, Arc::new(self.process)))
+            }
+            Ok(0) => {
+                let end = self.process.end(Instant::now() + PATIENCE);
+                let end = end.unwrap_or_else(|| "it still runs".to_owned());
+                Err(ServerError::Died { flag, end })
+            }
+            Ok(_) => {
+                let reason = String::from_utf8_lossy(&report).trim_end().to_owned();
+                Err(ServerError::Refused { flag, reason })
+            }
+        }
+    }
+}
+
+/// The servers of a VM, which end when this is dropped.
+#[derive(Debug, Default)]
+pub(crate) struct Servers(Vec<(Arc<Process>, Arc<Remote>)>);
+
+impl Servers {
+    /// Adds a server, and what is connected to it.
+    pub(crate) fn add(&mut self, process: Arc<Process>, remote: Arc<Remote>) {
+        self.0.push((process, remote));
+    }
+}
+
+impl Drop for Servers {
+    /// When a VM has ended, nobody has its images any more: the next may start with them at once.
+    fn drop(&mut self) {
+        for (_, remote) in &self.0 {
+            remote.close();
+        }
+        let deadline = Instant::now() + PATIENCE;
+        for (process, _) in &self.0 {
+            process.finish(deadline);
+        }
+    }
+}

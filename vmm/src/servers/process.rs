@@ -1,0 +1,142 @@
+//! The process of a server: started, watched and reaped.
+
+use std::io::{self, PipeWriter};
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
+use std::os::unix::process::{CommandExt as _, ExitStatusExt as _};
+use std::process::{Child, Command, ExitStatus};
+use std::sync::{Arc, Mutex, MutexGuard, Once, PoisonError};
+use std::time::{Duration, Instant};
+
+use event_manager::{EventOps, Events, MutEventSubscriber};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::retry_on_intr;
+use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
+
+use super::built_in::BuiltIn;
+use crate::event_loop::watch;
+
+/// This program, even if its file has been replaced since it was started.
+const THIS_PROGRAM: &str = "/proc/self/exe";
+
+/// A server's process. It is killed, if it still runs, when this is dropped.
+#[derive(Debug)]
+pub(crate) struct Process {
+    id: String,
+    child: Mutex<Child>,
+    /// Readable when the process has ended.
+    ended: OwnedFd,
+    reported: Once,
+}
+
+impl Process {
+    /// Starts the server of `device` with these as its standard input and output.
+    pub(super) fn spawn(
+        device: &BuiltIn,
+        input: UnixStream,
+        output: PipeWriter,
+    ) -> io::Result<Self> {
+        let mut command = Command::new(THIS_PROGRAM);
+        command.arg0("outrigger").arg("serve");
+        command.args(&device.arguments);
+        command.arg(format!("--vm={}", std::process::id()));
+        command.args(verbosity());
+        command.stdin(OwnedFd::from(input)).stdout(output);
+        let mut child = command.spawn()?;
+        // Its ends have to be its alone, so that they are closed when it has ended.
+        drop(command);
+        match pidfd_open(Pid::from_child(&child), PidfdFlags::empty()) {
+            Ok(ended) => Ok(Self {
+                id: device.id.clone(),
+                child: Mutex::new(child),
+                ended,
+                reported: Once::new(),
+            }),
+            Err(errno) => {
+                child.kill()?;
+                child.wait()?;
+                Err(errno.into())
+            }
+        }
+    }
+
+    /// Waits until `deadline` for the process to end by itself. After that, it is killed.
+    pub(super) fn finish(&self, deadline: Instant) {
+        match self.wait(deadline) {
+            Ok(Some(status)) if status.success() => {}
+            Ok(None) => log::warn!("{}: its server does not end, and is killed", self.id),
+            _ => self.report_end(),
+        }
+        self.kill();
+    }
+
+    /// Waits until `deadline` for the process to end, and says how it did, if it has.
+    pub(super) fn end(&self, deadline: Instant) -> Option<String> {
+        match self.wait(deadline) {
+            Ok(Some(status)) if status.signal() == Some(libc::SIGSYS) => Some(format!(
+                "{status}, for a system call that its sandbox forbids; the kernel's log has its number"
+            )),
+            Ok(status) => status.map(|status| status.to_string()),
+            // Whoever started this process made it ignore SIGCHLD, and the kernel has forgotten.
+            Err(error) => Some(error.to_string()),
+        }
+    }
+
+    /// Says in the log, once, how the process ended whose device was just lost, if it has ended.
+    pub(crate) fn report_end(&self) {
+        // The connection goes a moment before the process.
+        if let Some(end) = self.end(Instant::now() + Duration::from_millis(100)) {
+            self.reported
+                .call_once(|| log::warn!("{}: its server has ended: {end}", self.id));
+        }
+    }
+
+    fn wait(&self, deadline: Instant) -> io::Result<Option<ExitStatus>> {
+        let limit = deadline.saturating_duration_since(Instant::now());
+        let limit = Timespec::try_from(limit).map_err(io::Error::other)?;
+        retry_on_intr(|| poll(&mut [PollFd::new(&self.ended, PollFlags::IN)], Some(&limit)))?;
+        self.child().try_wait()
+    }
+
+    /// Both steps fail only if the process is no more. Its number may be another's by then.
+    fn kill(&self) {
+        let _ = pidfd_send_signal(&self.ended, Signal::KILL);
+        let _ = self.child().wait();
+    }
+
+    fn child(&self) -> MutexGuard<'_, Child> {
+        self.child.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        self.kill();
+    }
+}
+
+/// As verbose as this process is.
+fn verbosity() -> Option<&'static str> {
+    match log::max_level() {
+        log::LevelFilter::Info => Some("-v"),
+        log::LevelFilter::Debug => Some("-vv"),
+        log::LevelFilter::Trace => Some("-vvv"),
+        _ => None,
+    }
+}
+
+/// Hears of the end of a server that should have gone on.
+pub(crate) struct Exit(pub(crate) Arc<Process>);
+
+impl MutEventSubscriber for Exit {
+    fn init(&mut self, ops: &mut EventOps<'_>) {
+        watch(ops, &self.0.ended);
+    }
+
+    fn process(&mut self, events: Events, ops: &mut EventOps<'_>) {
+        self.0.report_end();
+        if let Err(error) = ops.remove(events) {
+            log::debug!("cannot stop watching a server's process: {error}");
+        }
+    }
+}
