@@ -15,7 +15,8 @@ packages=(
     cpio            # packs them
     kmod            # depmod, modprobe
     xz-utils zstd   # kernel modules and kernels come compressed
-    make gcc        # build a kernel module
+    make gcc        # build a kernel module, with programs of Debian's that need
+    libelf1 libssl3 # these libraries
 )
 
 # Unpacks the newest kernel of metapackage $2 into kernels/$1, without installing it.

@@ -2,11 +2,11 @@
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
 use std::io::Read;
-use std::process::Command;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use iced_x86::code_asm::{dword_ptr, eax, ebp};
+use rustix::process::{Pid, Signal, kill_process};
 use tests::device_thread::DeviceThread;
 use tests::outrigger::{self, has_kvm};
 use tests::tiny::{self, FIRST_DEVICE, RESET};
@@ -102,8 +102,7 @@ fn a_device_that_takes_long_to_reset_does_not_keep_the_user_waiting() {
         said.push(char::from(byte[0]));
     }
     let told = Instant::now();
-    let pid = vm.id().to_string();
-    assert!(Command::new("kill").arg(pid).status().unwrap().success());
+    kill_process(Pid::from_child(&vm), Signal::TERM).unwrap();
     let output = outrigger::wait(vm).unwrap();
     assert_eq!(output.status.code(), Some(0));
     assert!(told.elapsed() < Duration::from_secs(5), "it waited");

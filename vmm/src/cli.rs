@@ -12,7 +12,7 @@ use vmm::{
 
 use crate::serve;
 
-/// Boots a guest with KVM whose PCI devices live in other processes.
+/// Boots a guest with KVM whose PCI devices are the host's, or live in other processes.
 #[derive(Debug, Parser)]
 #[command(name = "outrigger", version, max_term_width = 100)]
 #[command(args_conflicts_with_subcommands = true, subcommand_negates_reqs = true)]
