@@ -17,6 +17,7 @@ mod kvm;
 mod kvm_ext;
 mod kvm_vfio;
 mod layout;
+mod machine;
 mod memory;
 mod options;
 mod pci_host;

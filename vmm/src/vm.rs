@@ -16,6 +16,7 @@ use crate::host_devices::{self, HostDeviceError};
 use crate::interrupts::{InterruptError, Interrupts};
 use crate::kvm::{self, KvmError};
 use crate::layout;
+use crate::machine::Machine;
 use crate::memory::{self, Memory, MemoryError};
 use crate::pci_host::{DeviceError, PciHost};
 use crate::platform::Platform;
@@ -93,17 +94,13 @@ pub enum VmError {
 
 /// A virtual machine.
 pub struct Vm {
-    // First the threads, then what they use.
-    vcpus: Vcpus,
     /// The vCPUs, while they do not run.
     stopped: Vec<Vcpu>,
     event_loop: EventLoop,
     endings: Arc<Endings>,
-    pci: PciHost,
-    platform: Platform,
+    machine: Arc<Machine>,
     payload: Payload,
     acpi: acpi::Machine,
-    memory: Memory,
     /// Ends when nothing uses its devices any more.
     _servers: Servers,
 }
@@ -187,18 +184,20 @@ impl Vm {
             serial: serial.is_some(),
         };
         let platform = Platform::new(vm, &ports, serial, &endings).map_err(VmError::Platform)?;
+        let machine = Machine {
+            vcpus: Vcpus::default(),
+            pci,
+            platform,
+            memory,
+        };
 
-        let vcpus = Vcpus::default();
         let mut vm = Self {
-            vcpus,
             stopped,
             event_loop,
             endings,
-            pci,
-            platform,
+            machine: Arc::new(machine),
             payload,
             acpi,
-            memory,
             _servers: servers,
         };
         vm.load()?;
@@ -207,14 +206,15 @@ impl Vm {
 
     /// The vCPUs, for whoever wants to pause them.
     pub fn vcpus(&self) -> Vcpus {
-        self.vcpus.clone()
+        self.machine.vcpus.clone()
     }
 
     /// Runs the guest until it ends in one way or another, and says in which.
     pub fn run(&mut self) -> Result<Ending, VmError> {
-        self.vcpus.start(std::mem::take(&mut self.stopped))?;
+        let vcpus = &self.machine.vcpus;
+        vcpus.start(std::mem::take(&mut self.stopped))?;
         let ending = self.event_loop.run();
-        self.stopped = self.vcpus.stop();
+        self.stopped = vcpus.stop();
         Ok(ending?)
     }
 
@@ -224,7 +224,7 @@ impl Vm {
         if let Some(ending) = self.reset_devices()? {
             return Ok(Some(ending));
         }
-        self.platform.reset().map_err(VmError::Platform)?;
+        self.machine.platform.reset().map_err(VmError::Platform)?;
         for vcpu in &mut self.stopped {
             vcpu.reset()?;
         }
@@ -242,12 +242,15 @@ impl Vm {
                 endings.wake();
             }
         };
-        self.pci.reset(report).map_err(VmError::ResetThread)?;
+        self.machine
+            .pci
+            .reset(report)
+            .map_err(VmError::ResetThread)?;
         Ok(self.event_loop.run_until(|| done.load(Ordering::Acquire))?)
     }
 
     fn load(&mut self) -> Result<(), VmError> {
-        let ram = self.memory.ram();
+        let ram = self.machine.memory.ram();
         let rsdp = acpi::write_tables(ram, &self.acpi)?;
         let state = self.payload.load(ram, rsdp)?;
         for vcpu in &mut self.stopped {
@@ -259,14 +262,14 @@ impl Vm {
 
 impl Drop for Vm {
     fn drop(&mut self) {
-        self.vcpus.stop();
+        self.machine.vcpus.stop();
     }
 }
 
 impl std::fmt::Debug for Vm {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Vm")
-            .field("pci", &self.pci)
+            .field("machine", &self.machine)
             .finish_non_exhaustive()
     }
 }
