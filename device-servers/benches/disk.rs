@@ -8,7 +8,8 @@ mod support;
 use std::time::{Duration, Instant};
 
 use device_servers::disk::{self, Options};
-use support::{BUFFERS, EVENT_IDX, Machine, Queue, Ram};
+use support::queue::Queue;
+use support::{BUFFERS, EVENT_IDX, Machine, Ram};
 
 const FLUSH: u64 = 1 << 9;
 const IN: u32 = 0;

@@ -2,8 +2,10 @@
 
 #![expect(clippy::unwrap_used, reason = "a test panics when it fails")]
 
+mod support;
+
 use std::fs::File;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::AsFd;
 use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex, mpsc};
@@ -11,9 +13,9 @@ use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use device_servers::demo::{self, Options, checksum, pattern};
-use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use rustix::fs::{MemfdFlags, memfd_create};
-use vfio_user_client::{Client, ConnError, Deadlines, DeviceState, DmaAccess, DmaError, GuestDma};
+use support::{LONG, event, options, wait_for};
+use vfio_user_client::{Client, ConnError, DeviceState, DmaAccess, DmaError, GuestDma};
 
 const RESETS: u64 = 0x04;
 const SCRATCH: u64 = 0x08;
@@ -41,7 +43,6 @@ const WRITER_COUNT: u64 = 0x6c;
 const WRITER_ERRORS: u64 = 0x70;
 const RUNG: u64 = 0x80;
 
-const LONG: Duration = Duration::from_secs(20);
 /// Where guest memory begins, and its size.
 const BASE: u64 = 0x10_0000;
 const SIZE: u64 = 0x40_0000;
@@ -133,31 +134,13 @@ impl Demo {
         self.write(DMA_COMMAND, command);
     }
 
+    fn set_state(&self, state: DeviceState) {
+        self.client.set_device_state(state).unwrap();
+    }
+
     /// All of the device's migration data that there is now.
     fn saved(&self) -> Vec<u8> {
-        let mut saved = Vec::new();
-        loop {
-            let mut piece = vec![0; 100_000];
-            let count = self.client.migration_read(&mut piece).unwrap();
-            saved.extend(&piece[..count]);
-            if count < piece.len() {
-                return saved;
-            }
-        }
-    }
-}
-
-fn options() -> vfio_user_client::Options {
-    vfio_user_client::Options {
-        deadlines: Deadlines {
-            handshake: LONG,
-            region_io: LONG,
-            control: LONG,
-            reset: LONG,
-            dma_map: LONG,
-            migration: LONG,
-        },
-        ..vfio_user_client::Options::default()
+        support::saved(&self.client)
     }
 }
 
@@ -165,17 +148,6 @@ fn memory() -> File {
     let file = File::from(memfd_create("guest", MemfdFlags::CLOEXEC).unwrap());
     file.set_len(SIZE).unwrap();
     file
-}
-
-fn event() -> OwnedFd {
-    eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).unwrap()
-}
-
-fn wait_for(event: &OwnedFd) -> u64 {
-    let limit = Timespec::try_from(LONG).unwrap();
-    poll(&mut [PollFd::new(event, PollFlags::IN)], Some(&limit)).unwrap();
-    let mut count = [0; 8];
-    rustix::io::read(event, &mut count).map_or(0, |_| u64::from_ne_bytes(count))
 }
 
 fn errno(result: &Result<(), ConnError>) -> u32 {
@@ -386,32 +358,20 @@ fn the_device_migrates_with_all_its_state() {
     source.write(INTX, 1);
     source.client.region_write(2, 0x100, b"memory").unwrap();
     source.client.region_write(4, 3, b"ports").unwrap();
-    source
-        .client
-        .set_device_state(DeviceState::PreCopy)
-        .unwrap();
+    source.set_state(DeviceState::PreCopy);
     let mut stream = source.saved();
     assert!(stream.len() > 300 << 10);
     source.write(SCRATCH, 0x8765_4321);
-    source
-        .client
-        .set_device_state(DeviceState::StopCopy)
-        .unwrap();
+    source.set_state(DeviceState::StopCopy);
     stream.extend(source.saved());
     assert!(stream.len() > 1000 << 10);
 
     let target = Demo::with_memory(&memory);
     let line = event();
     target.client.set_irq_events(0, 0, &[line.as_fd()]).unwrap();
-    target
-        .client
-        .set_device_state(DeviceState::Resuming)
-        .unwrap();
+    target.set_state(DeviceState::Resuming);
     target.client.migration_write(&stream).unwrap();
-    target
-        .client
-        .set_device_state(DeviceState::Running)
-        .unwrap();
+    target.set_state(DeviceState::Running);
     assert_eq!(target.read(SCRATCH), 0x8765_4321);
     assert_eq!((target.read(INTX), wait_for(&line)), (1, 1));
     let mut bytes = [0; 6];
@@ -428,18 +388,12 @@ fn the_device_migrates_with_all_its_state() {
 fn damaged_state_is_refused() {
     let source = Demo::new();
     source.write(STATE_SIZE, 1);
-    source
-        .client
-        .set_device_state(DeviceState::StopCopy)
-        .unwrap();
+    source.set_state(DeviceState::StopCopy);
     let stream = source.saved();
     let target = Demo::new();
     let load = |stream: &[u8]| {
         target.client.reset().unwrap();
-        target
-            .client
-            .set_device_state(DeviceState::Resuming)
-            .unwrap();
+        target.set_state(DeviceState::Resuming);
         let written = target.client.migration_write(stream);
         written.and_then(|()| target.client.set_device_state(DeviceState::Stop))
     };
@@ -470,7 +424,7 @@ fn the_writer_is_logged_exactly_and_goes_on_elsewhere() {
     while source.read(WRITER_COUNT) < 3 * pages {
         thread::sleep(Duration::from_millis(1));
     }
-    source.client.set_device_state(DeviceState::Stop).unwrap();
+    source.set_state(DeviceState::Stop);
     let written = source.read(WRITER_COUNT);
     let log = source.client.dma_log(BASE, SIZE, 4096).unwrap();
     assert_eq!(log[0], 0xffff << 4);
@@ -478,27 +432,18 @@ fn the_writer_is_logged_exactly_and_goes_on_elsewhere() {
     thread::sleep(Duration::from_millis(20));
     assert_eq!(source.read(WRITER_COUNT), written);
     assert_eq!(source.read(WRITER_ERRORS), 0);
-    source
-        .client
-        .set_device_state(DeviceState::StopCopy)
-        .unwrap();
+    source.set_state(DeviceState::StopCopy);
     let stream = source.saved();
 
     let target = Demo::with_memory(&memory);
-    target
-        .client
-        .set_device_state(DeviceState::Resuming)
-        .unwrap();
+    target.set_state(DeviceState::Resuming);
     target.client.migration_write(&stream).unwrap();
-    target
-        .client
-        .set_device_state(DeviceState::Running)
-        .unwrap();
+    target.set_state(DeviceState::Running);
     while target.read(WRITER_COUNT) < written + pages {
         thread::sleep(Duration::from_millis(1));
     }
     target.write(WRITER_PERIOD, 0);
-    target.client.set_device_state(DeviceState::Stop).unwrap();
+    target.set_state(DeviceState::Stop);
     // Each page has the number of the last write to it.
     let count = target.read(WRITER_COUNT);
     for page in 0..pages {

@@ -10,9 +10,8 @@ use std::thread;
 use std::time::Duration;
 
 use card::{CONTROL, Card, MERGEABLE, QUEUE, number, packet, plug};
-use support::{
-    BASE, BUFFERS, EVENT_IDX, INDIRECT, INDIRECT_TABLE, NEEDS_RESET, NEXT, Queue, Ram, SIZE, WRITE,
-};
+use support::queue::{INDIRECT_TABLE, NEXT, Queue, RawDescriptor, WRITE, descriptor};
+use support::{BASE, BUFFERS, EVENT_IDX, INDIRECT, NEEDS_RESET, Ram, SIZE};
 
 /// What a driver can put into a queue that it should not, and a look at whether the rest still works.
 #[test]
@@ -20,7 +19,7 @@ fn hostile_chains_harm_nobody() {
     const NOWHERE: u64 = 0xffff_ffff_ffff_f000;
     let beyond = BASE + SIZE;
     // Descriptors of a chain whose head is 0.
-    let chains: &[&[support::RawDescriptor]] = &[
+    let chains: &[&[RawDescriptor]] = &[
         &[(NOWHERE, 0x2000, 0, 0)],
         &[(NOWHERE, 0x2000, WRITE, 0)],
         &[(beyond - 6, 2048, 0, 0)],
@@ -60,7 +59,7 @@ fn hostile_chains_harm_nobody() {
             let (mut card, peers) = Card::new(1, features);
             card.ram().write(
                 BUFFERS + 0x1_0000,
-                &support::descriptor((BUFFERS + 0x1_0000, 16, INDIRECT_TABLE, 0)),
+                &descriptor((BUFFERS + 0x1_0000, 16, INDIRECT_TABLE, 0)),
             );
             let victim = &mut card.queues[queue];
             for (at, descriptor) in (0..).zip(*chain) {

@@ -47,11 +47,8 @@ fn what_is_received_is_logged() {
     for _ in 0..3 {
         card.queues[0].wait();
     }
-    let log = card.machine.client.dma_log(BASE, SIZE, 4096).unwrap();
-    let is_dirty = |address: u64| {
-        let page = (address - BASE) / 4096;
-        log[usize::try_from(page / 64).unwrap()] >> (page % 64) & 1 != 0
-    };
+    let dirty = card.machine.dirty_pages();
+    let is_dirty = |address: u64| dirty.contains(&((address - BASE) / 4096));
     let written: Vec<_> = (0..20)
         .filter(|page| is_dirty(incoming(0) + page * 4096))
         .collect();
@@ -63,41 +60,20 @@ fn what_is_received_is_logged() {
 /// Moves a card to another machine with the same memory, and returns the machine that it was in.
 fn migrate(card: &mut Card, pairs: usize) -> (Machine, Vec<Peer>) {
     let source = &card.machine;
-    source
-        .client
-        .set_device_state(DeviceState::StopCopy)
-        .unwrap();
-    let state = saved(source);
+    source.set_state(DeviceState::StopCopy).unwrap();
+    let state = source.saved();
     let (target, peers) = plug(pairs, source.ram.clone());
     let resume = |state: &[u8]| {
-        target
-            .client
-            .set_device_state(DeviceState::Resuming)
-            .unwrap();
+        target.set_state(DeviceState::Resuming).unwrap();
         for piece in state.chunks(1000) {
             target.client.migration_write(piece).unwrap();
         }
-        target.client.set_device_state(DeviceState::Stop)
+        target.set_state(DeviceState::Stop)
     };
     resume(&state).unwrap();
     let source = card.move_to(target);
-    card.machine
-        .client
-        .set_device_state(DeviceState::Running)
-        .unwrap();
+    card.machine.set_state(DeviceState::Running).unwrap();
     (source, peers)
-}
-
-fn saved(machine: &Machine) -> Vec<u8> {
-    let mut saved = Vec::new();
-    loop {
-        let mut piece = vec![0; 10_000];
-        let count = machine.client.migration_read(&mut piece).unwrap();
-        saved.extend(&piece[..count]);
-        if count < piece.len() {
-            return saved;
-        }
-    }
 }
 
 #[test]
@@ -233,18 +209,12 @@ fn a_driver_that_was_still_to_announce_itself_does_so_where_it_runs_next() {
 #[test]
 fn cards_of_another_kind_are_not_taken_over() {
     let (card, _peers) = Card::new(2, MERGEABLE | MULTI_QUEUE | MTU);
-    card.machine
-        .client
-        .set_device_state(DeviceState::StopCopy)
-        .unwrap();
-    let state = saved(&card.machine);
+    card.machine.set_state(DeviceState::StopCopy).unwrap();
+    let state = card.machine.saved();
     let refuses = |target: &Machine, state: &[u8]| {
-        target
-            .client
-            .set_device_state(DeviceState::Resuming)
-            .unwrap();
+        target.set_state(DeviceState::Resuming).unwrap();
         let written = target.client.migration_write(state);
-        written.is_err() || target.client.set_device_state(DeviceState::Stop).is_err()
+        written.is_err() || target.set_state(DeviceState::Stop).is_err()
     };
     let target = |options: Options, pairs: usize| {
         let (fds, peers): (Vec<OwnedFd>, Vec<_>) = (0..pairs).map(|_| Peer::pair()).unzip();

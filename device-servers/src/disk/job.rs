@@ -4,23 +4,21 @@ use std::collections::VecDeque;
 use std::io;
 use std::ops::Range;
 
-use vfio_user_server::View;
 use virtio_bindings::bindings::virtio_blk::{
     VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK, VIRTIO_BLK_S_UNSUPP,
 };
 
 use super::config::{MAX_DISCARD, MAX_EXTENTS, MAX_ZEROES};
-use super::guest::Guest;
 use super::image::{Image, SECTOR};
 use super::request::{self, Extent, Request};
 use super::ring::{Buffer, GuestPieces, Memory, Operation};
+use crate::virtio::guest::{self, Guest};
 
 /// What requests have in common.
 #[derive(Debug)]
 pub(super) struct Context<'a> {
     pub(super) image: &'a Image,
     pub(super) serial: &'a [u8; SERIAL],
-    pub(super) memory: &'a vfio_user_server::Memory,
     /// Whether what is written has to survive a loss of power before the driver hears of it.
     pub(super) durable: bool,
 }
@@ -32,7 +30,7 @@ pub(super) const SERIAL: usize = 20;
 #[derive(Debug)]
 pub(super) struct Job {
     /// Guest memory as it was when the request came. Its result goes there too.
-    pub(super) view: View,
+    pub(super) guest: Guest,
     /// The number of its chain.
     pub(super) head: u16,
     /// What is left of it: its data begins where it is not done.
@@ -89,12 +87,11 @@ pub(super) enum Step {
 const CHUNK: usize = 256 << 10;
 
 impl Job {
-    pub(super) fn new(view: &View, head: u16, request: Request, context: &Context<'_>) -> Self {
-        let guest = context.guest(view);
+    pub(super) fn new(guest: &Guest, head: u16, request: Request, context: &Context<'_>) -> Self {
         Self {
-            view: view.clone(),
+            guest: guest.clone(),
             head,
-            task: task(&request, &guest, context).unwrap_or_else(Task::Done),
+            task: task(&request, guest, context).unwrap_or_else(Task::Done),
             request,
             written: 0,
         }
@@ -106,7 +103,7 @@ impl Job {
             match &mut self.task {
                 Task::Done(status) => {
                     let status = *status;
-                    return self.finish(status, context);
+                    return self.finish(status);
                 }
                 Task::Transfer { .. } if self.request.data.is_empty() => {
                     self.task = Task::Done(Status::Ok);
@@ -134,10 +131,9 @@ impl Job {
                     None => self.task = Task::Done(Status::Ok),
                 },
                 Task::SerialNumber => {
-                    let length = usize::try_from(self.request.length).unwrap_or(SERIAL);
-                    let serial = context.serial.get(..length).unwrap_or(context.serial);
-                    let guest = context.guest(&self.view);
-                    let is_written = guest.scatter(&self.request.data, serial);
+                    let serial = context.serial.get(..self.request.length);
+                    let serial = serial.unwrap_or(context.serial);
+                    let is_written = self.guest.scatter(&self.request.data, serial);
                     self.written = u32::try_from(serial.len()).unwrap_or(0);
                     self.task = Task::Done(if is_written {
                         Status::Ok
@@ -150,7 +146,7 @@ impl Job {
     }
 
     /// Notes what has become of what was started.
-    pub(super) fn done(&mut self, memory: &Memory, result: io::Result<u32>, context: &Context<'_>) {
+    pub(super) fn done(&mut self, memory: &Memory, result: io::Result<u32>) {
         if let Memory::Guest(pieces) = memory
             && matches!(self.task, Task::Transfer { is_write, .. } if !is_write)
         {
@@ -164,18 +160,14 @@ impl Job {
         };
         match &mut self.task {
             Task::Transfer { is_write, position } => {
+                let length = usize::try_from(count).unwrap_or(usize::MAX);
                 // Less than a file of this size has: somebody has cut it off.
                 let mut is_done = count > 0;
                 if let Memory::Own(buffer) = memory
                     && !*is_write
                 {
-                    let length = usize::try_from(count).unwrap_or(usize::MAX);
                     let bytes = buffer.bytes().get(..length).unwrap_or(&[]);
-                    let guest = Guest {
-                        view: &self.view,
-                        memory: context.memory,
-                    };
-                    is_done &= guest.scatter(&self.request.data, bytes);
+                    is_done &= self.guest.scatter(&self.request.data, bytes);
                 }
                 if !is_done {
                     self.task = Task::Done(Status::Failed);
@@ -185,7 +177,7 @@ impl Job {
                     self.written = self.written.saturating_add(count);
                 }
                 *position += u64::from(count);
-                request::skip(&mut self.request.data, count.into());
+                request::skip(&mut self.request.data, length);
             }
             Task::Sync => self.task = Task::Done(Status::Ok),
             Task::Discard(ranges) => {
@@ -224,26 +216,22 @@ impl Job {
     /// The memory that the rest of the data is in, or a buffer for some of it. `None` if it cannot be read.
     fn memory(&self, is_write: bool, context: &Context<'_>) -> Option<Memory> {
         let data = &self.request.data;
-        if let Some(pieces) = GuestPieces::new(&self.view, data, &context.image.geometry) {
+        if let Some(pieces) = GuestPieces::new(&self.guest.view, data, &context.image.geometry) {
             return Some(Memory::Guest(pieces));
         }
-        let length: u64 = data.iter().map(|segment| u64::from(segment.length)).sum();
-        let length = usize::try_from(length).unwrap_or(CHUNK).min(CHUNK);
-        let mut buffer = Buffer::new(length);
-        let guest = context.guest(&self.view);
-        let is_there = !is_write || guest.gather(data, buffer.bytes_mut());
+        let mut buffer = Buffer::new(guest::length(data).min(CHUNK));
+        let is_there = !is_write || self.guest.gather(data, buffer.bytes_mut());
         is_there.then_some(Memory::Own(buffer))
     }
 
-    fn finish(&self, status: Status, context: &Context<'_>) -> Step {
+    fn finish(&self, status: Status) -> Step {
         let code = match status {
             Status::Ok => VIRTIO_BLK_S_OK,
             Status::Failed => VIRTIO_BLK_S_IOERR,
             Status::Unsupported => VIRTIO_BLK_S_UNSUPP,
         };
         let [code, ..] = code.to_le_bytes();
-        let guest = context.guest(&self.view);
-        if !guest.write(self.request.status, &[code]) {
+        if !self.guest.write(self.request.status, &[code]) {
             log::debug!("a request has no place for its status");
         }
         // What was written of a read that failed is not of use to anybody, but its status is.
@@ -253,20 +241,12 @@ impl Job {
     }
 }
 
-impl<'a> Context<'a> {
-    fn guest(&'a self, view: &'a View) -> Guest<'a> {
-        Guest {
-            view,
-            memory: self.memory,
-        }
-    }
-}
-
 /// What there is to do for a request, or how it ends without.
-fn task(request: &Request, guest: &Guest<'_>, context: &Context<'_>) -> Result<Task, Status> {
+fn task(request: &Request, guest: &Guest, context: &Context<'_>) -> Result<Task, Status> {
     let image = context.image;
     let transfer = |is_write, sector| {
-        let range = request::range(sector, request.length, image.size).ok_or(Status::Failed)?;
+        let range =
+            request::range(sector, request.length as u64, image.size).ok_or(Status::Failed)?;
         is_aligned(&range, image)
             .then_some(Task::Transfer {
                 is_write,
@@ -310,11 +290,11 @@ fn task(request: &Request, guest: &Guest<'_>, context: &Context<'_>) -> Result<T
 /// The extents in the data of a request, without empty ones, and whether they may be deallocated.
 fn extents(
     request: &Request,
-    guest: &Guest<'_>,
+    guest: &Guest,
     image: &Image,
     max_sectors: u32,
 ) -> Result<VecDeque<(Range<u64>, bool)>, Status> {
-    let length = usize::try_from(request.length).map_err(|_| Status::Failed)?;
+    let length = request.length;
     let most = usize::try_from(MAX_EXTENTS).map_err(|_| Status::Failed)? * Extent::SIZE;
     if length > most || length == 0 {
         return Err(Status::Failed);

@@ -43,7 +43,6 @@
 mod config;
 mod device;
 mod error;
-mod guest;
 mod image;
 mod job;
 mod lock;

@@ -10,6 +10,7 @@ use virtio_bindings::bindings::virtio_blk::{
 use virtio_queue::desc::split::Descriptor;
 
 use super::image::SECTOR;
+use crate::virtio::guest::{self, MAX_DESCRIPTORS, Segment};
 
 /// A request. All addresses in it are the guest's, and may be anything.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -18,7 +19,7 @@ pub(super) struct Request {
     /// The data: of a read or the serial number, where it goes; of others, where it is.
     pub(super) data: Vec<Segment>,
     /// Bytes in the data.
-    pub(super) length: u64,
+    pub(super) length: usize,
     /// Where the status goes.
     pub(super) status: u64,
 }
@@ -35,13 +36,6 @@ pub(super) enum Operation {
     Unknown,
 }
 
-/// Some of guest memory.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Segment {
-    pub(super) address: u64,
-    pub(super) length: u32,
-}
-
 /// Why a chain is no request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
 pub(super) enum Malformed {
@@ -54,9 +48,6 @@ pub(super) enum Malformed {
     #[error("a chain without room for the status")]
     Status,
 }
-
-/// Most descriptors of a request: the data of the longest that the driver may send, its header and its status.
-const MAX_DESCRIPTORS: usize = 1024;
 
 /// Bytes in `struct virtio_blk_req` before its data.
 const HEADER: usize = 16;
@@ -73,15 +64,13 @@ impl Request {
         let mut rest = header.as_mut_slice();
         while !rest.is_empty() {
             let segment = readable.first_mut().ok_or(Malformed::Header)?;
-            let length = rest
-                .len()
-                .min(usize::try_from(segment.length).unwrap_or(usize::MAX));
+            let length = rest.len().min(segment.length);
             let (piece, next) = rest.split_at_mut_checked(length).ok_or(Malformed::Header)?;
             if !read(segment.address, piece) {
                 return Err(Malformed::Header);
             }
             rest = next;
-            skip(&mut readable, length as u64);
+            skip(&mut readable, length);
         }
         let [k0, k1, k2, k3, _, _, _, _, sector @ ..] = header;
         let sector = u64::from_le_bytes(sector);
@@ -96,7 +85,7 @@ impl Request {
         };
         Ok(Self {
             operation,
-            length: data.iter().map(|segment| u64::from(segment.length)).sum(),
+            length: guest::length(&data),
             data,
             status,
         })
@@ -152,13 +141,13 @@ pub(super) fn range(sector: u64, length: u64, size: u64) -> Option<Range<u64>> {
 }
 
 /// Takes `count` bytes off the beginning.
-pub(super) fn skip(segments: &mut Vec<Segment>, count: u64) {
+pub(super) fn skip(segments: &mut Vec<Segment>, count: usize) {
     let mut count = count;
     let mut gone = 0;
     for segment in segments.iter_mut() {
-        let piece = u64::from(segment.length).min(count);
-        segment.address = segment.address.wrapping_add(piece);
-        segment.length -= u32::try_from(piece).unwrap_or(segment.length);
+        let piece = segment.length.min(count);
+        segment.address = segment.address.wrapping_add(piece as u64);
+        segment.length -= piece;
         count -= piece;
         if segment.length > 0 {
             break;
@@ -177,14 +166,10 @@ fn split(
         if index >= MAX_DESCRIPTORS {
             return Err(Malformed::TooLong);
         }
-        let segment = Segment {
-            address: descriptor.addr().0,
-            length: descriptor.len(),
-        };
         if descriptor.is_write_only() {
-            writable.push(segment);
+            writable.push(Segment::from(descriptor));
         } else if writable.is_empty() {
-            readable.push(segment);
+            readable.push(Segment::from(descriptor));
         } else {
             return Err(Malformed::Order);
         }
@@ -199,7 +184,7 @@ fn split(
 fn take_last_byte(segments: &mut Vec<Segment>) -> Option<u64> {
     let last = segments.last_mut()?;
     last.length -= 1;
-    let address = last.address.wrapping_add(last.length.into());
+    let address = last.address.wrapping_add(last.length as u64);
     if last.length == 0 {
         segments.pop();
     }
@@ -307,26 +292,26 @@ mod tests {
             };
             prop_assert_eq!(request.operation, operation);
             prop_assert_eq!(request.status, status);
-            prop_assert_eq!(request.length, data.len() as u64);
+            prop_assert_eq!(request.length, data.len());
             let addresses = request.data.iter().flat_map(|segment| {
-                (0..u64::from(segment.length)).map(|at| segment.address + at)
+                (0..segment.length as u64).map(|at| segment.address + at)
             });
             prop_assert_eq!(addresses.collect::<Vec<_>>(), data);
         }
 
         #[test]
-        fn skipping_drops_the_first_bytes(lengths in prop::collection::vec(0_u32..10, 0..8), count in 0_u64..100) {
+        fn skipping_drops_the_first_bytes(lengths in prop::collection::vec(0_usize..10, 0..8), count in 0_usize..100) {
             let mut start = 0;
             let mut segments: Vec<_> = lengths.iter().map(|length| {
                 start += 100;
                 Segment { address: start, length: *length }
             }).collect();
             let bytes = |segments: &[Segment]| segments.iter().flat_map(|segment| {
-                (0..u64::from(segment.length)).map(|at| segment.address + at)
+                (0..segment.length as u64).map(|at| segment.address + at)
             }).collect::<Vec<_>>();
             let before = bytes(&segments);
             skip(&mut segments, count);
-            let gone = before.len().min(usize::try_from(count).unwrap());
+            let gone = before.len().min(count);
             prop_assert_eq!(bytes(&segments), &before[gone..]);
         }
     }

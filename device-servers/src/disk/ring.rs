@@ -17,7 +17,7 @@ use vm_memory::bitmap::Bitmap;
 use vm_memory::{GuestAddress, GuestMemory, GuestMemoryMmap, Permissions};
 
 use super::image::Geometry;
-use super::request::Segment;
+use crate::virtio::guest::Segment;
 
 /// A ring, and what is under way in it: one operation at most for each slot.
 pub(super) struct Ring {
@@ -231,9 +231,8 @@ impl GuestPieces {
         let length_alignment = usize::try_from(geometry.piece).ok()?;
         let mut iovecs = Vec::with_capacity(segments.len());
         for segment in segments {
-            let length = usize::try_from(segment.length).ok()?;
             let address = GuestAddress(segment.address);
-            let slices = memory.get_slices(address, length, Permissions::ReadWrite);
+            let slices = memory.get_slices(address, segment.length, Permissions::ReadWrite);
             for slice in slices.ok()? {
                 let slice = slice.ok()?;
                 let iov_base = slice.ptr_guard_mut().as_ptr();
@@ -258,9 +257,8 @@ impl GuestPieces {
     pub(super) fn mark_written(&self) {
         let memory: &GuestMemoryMmap<_> = &self.view;
         for segment in &self.segments {
-            let length = usize::try_from(segment.length).unwrap_or(0);
             let address = GuestAddress(segment.address);
-            let slices = memory.get_slices(address, length, Permissions::Write);
+            let slices = memory.get_slices(address, segment.length, Permissions::Write);
             for slice in slices.into_iter().flatten().flatten() {
                 slice.bitmap().mark_dirty(0, slice.len());
             }

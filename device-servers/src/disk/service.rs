@@ -4,15 +4,13 @@ use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use vfio_user_server::View;
-
 use super::config::{CONFIG_WCE, FLUSH};
 use super::error::DiskError;
-use super::guest::Guest;
 use super::image::Image;
 use super::job::{Context, Job, SERIAL, Step};
 use super::request::Request;
 use super::ring::{Event, Memory, Ring};
+use crate::virtio::guest::Guest;
 use crate::virtio::{Activation, Service, Stop, VirtQueue};
 
 /// What serves one queue.
@@ -98,48 +96,48 @@ impl DiskService {
 
     /// Takes requests out of the queue, as many as it has entries at most, and starts them.
     fn take(&mut self, queue: &mut VirtQueue, features: u64) -> io::Result<Rest> {
-        let view = queue.memory().view();
-        queue.disable_notifications(&view);
+        let guest = queue.guest();
+        queue.disable_notifications(&guest.view);
         let mut rest = Rest::Something;
         for _ in 0..queue.size() {
             if self.free.is_empty() || self.buffered >= MAX_BUFFERED {
                 rest = Rest::Waits;
                 break;
             }
-            if !self.take_one(queue, &view, features)? {
+            if !self.take_one(queue, &guest, features)? {
                 rest = Rest::Nothing;
                 break;
             }
         }
         // Those that were over at once.
-        queue.interrupt(&view);
-        if rest == Rest::Nothing && queue.enable_notifications(&view) {
+        queue.interrupt(&guest.view);
+        if rest == Rest::Nothing && queue.enable_notifications(&guest.view) {
             rest = Rest::Something;
         }
         Ok(rest)
     }
 
     /// Takes one request, and returns whether there was one.
-    fn take_one(&mut self, queue: &mut VirtQueue, view: &View, features: u64) -> io::Result<bool> {
-        let memory = queue.memory().clone();
-        let guest = Guest {
-            view,
-            memory: &memory,
-        };
-        let Some(chain) = queue.pop(view) else {
+    fn take_one(
+        &mut self,
+        queue: &mut VirtQueue,
+        guest: &Guest,
+        features: u64,
+    ) -> io::Result<bool> {
+        let Some(chain) = queue.pop(&guest.view) else {
             return Ok(false);
         };
         let head = chain.head_index();
         match Request::parse(chain, |address, data| guest.read(address, data)) {
             Ok(request) => {
                 let shared = Arc::clone(&self.shared);
-                let context = shared.context(&memory, features);
-                let job = Job::new(view, head, request, &context);
+                let context = shared.context(features);
+                let job = Job::new(guest, head, request, &context);
                 self.step(job, queue, &context)?;
             }
             Err(error) => {
                 log::debug!("queue {}: {error}", queue.index());
-                queue.push(view, head, 0);
+                queue.push(&guest.view, head, 0);
             }
         }
         Ok(true)
@@ -153,8 +151,7 @@ impl DiskService {
         stop: &Stop,
     ) -> io::Result<bool> {
         let shared = Arc::clone(&self.shared);
-        let memory = queue.memory().clone();
-        let context = shared.context(&memory, features);
+        let context = shared.context(features);
         let mut has_rung = false;
         let mut view = None;
         while let Some(event) = self.ring.next() {
@@ -176,8 +173,8 @@ impl DiskService {
                     let job = self.jobs.get_mut(usize::from(slot)).and_then(Option::take);
                     self.free.push(slot);
                     let Some(mut job) = job else { continue };
-                    job.done(&memory, result, &context);
-                    view = Some(job.view.clone());
+                    job.done(&memory, result);
+                    view = Some(job.guest.view.clone());
                     self.step(job, queue, &context)?;
                 }
             }
@@ -196,7 +193,7 @@ impl DiskService {
         context: &Context<'_>,
     ) -> io::Result<()> {
         match job.step(context) {
-            Step::Finish { written } => queue.push(&job.view, job.head, written),
+            Step::Finish { written } => queue.push(&job.guest.view, job.head, written),
             Step::Start(operation, memory) => {
                 let slot = self.free.pop().ok_or(io::ErrorKind::ResourceBusy)?;
                 self.buffered += usize::from(matches!(memory, Memory::Own(_)));
@@ -228,12 +225,11 @@ impl Service for DiskService {
 }
 
 impl Shared {
-    fn context<'a>(&'a self, memory: &'a vfio_user_server::Memory, features: u64) -> Context<'a> {
+    fn context(&self, features: u64) -> Context<'_> {
         let is_writeback = self.writeback.load(Ordering::SeqCst);
         Context {
             image: &self.image,
             serial: &self.serial,
-            memory,
             // Virtio 1.2, 5.2.5.2: a driver that does not flush, or said that it does not, has no cache to be flushed.
             durable: features & FLUSH == 0 || (features & CONFIG_WCE != 0 && !is_writeback),
         }

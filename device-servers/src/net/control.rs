@@ -15,9 +15,9 @@ use virtio_bindings::bindings::virtio_net::{
 use super::announce;
 use super::config::{ANNOUNCE, CONTROL_MAC, CONTROL_OFFLOADS, GUEST_OFFLOADS};
 use super::device::Shared;
-use super::guest::{self, Guest, Segment};
 use super::link::LinkWatch;
 use super::mac::MacAddress;
+use crate::virtio::guest::{self, Guest, Segment};
 use crate::virtio::{Activation, Chain, ConfigSignal, Service, Stop, VirtQueue};
 
 /// Serves the control queue, if the driver has one, and does what is to be done while it runs.
@@ -64,29 +64,24 @@ impl Control {
 
     fn serve_queue(&self, queue: &mut VirtQueue, features: u64) -> bool {
         queue.doorbell().has_rung();
-        let memory = queue.memory().clone();
-        let view = memory.view();
-        let guest = Guest {
-            view: &view,
-            memory: &memory,
-        };
-        queue.disable_notifications(&view);
+        let guest = queue.guest();
+        queue.disable_notifications(&guest.view);
         let mut is_empty = false;
         for _ in 0..BATCH {
-            let Some(chain) = queue.pop(&view) else {
+            let Some(chain) = queue.pop(&guest.view) else {
                 is_empty = true;
                 break;
             };
             let head = chain.head_index();
-            let written = self.answer(&chain, guest, features);
-            queue.push(&view, head, written);
+            let written = self.answer(&chain, &guest, features);
+            queue.push(&guest.view, head, written);
         }
-        queue.interrupt(&view);
-        !is_empty || queue.enable_notifications(&view)
+        queue.interrupt(&guest.view);
+        !is_empty || queue.enable_notifications(&guest.view)
     }
 
     /// Does what a command says, and answers it. Returns how many bytes were written.
-    fn answer(&self, chain: &Chain<'_>, guest: Guest<'_>, features: u64) -> u32 {
+    fn answer(&self, chain: &Chain<'_>, guest: &Guest, features: u64) -> u32 {
         let answer = guest::segments(chain.clone(), true);
         let Some(Segment { address, .. }) = answer.first().copied() else {
             return 0;
@@ -102,10 +97,8 @@ impl Control {
         } else {
             VIRTIO_NET_ERR
         };
-        let place = Segment { address, length: 1 };
         let [result, ..] = result.to_le_bytes();
-        guest.scatter([place].iter(), &[result]);
-        1
+        u32::from(guest.write(address, &[result]))
     }
 
     /// Sends an announcement, if one is due.

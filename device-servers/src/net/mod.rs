@@ -37,7 +37,6 @@ mod config;
 mod control;
 mod device;
 mod error;
-mod guest;
 mod ioctl;
 mod link;
 mod mac;

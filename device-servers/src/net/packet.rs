@@ -10,7 +10,7 @@ use std::os::fd::{AsFd, AsRawFd};
 use libc::{c_int, iovec};
 use vm_memory::bitmap::Bitmap;
 
-use super::guest::GuestSlice;
+use crate::virtio::guest::GuestSlice;
 
 /// Most pieces of guest memory that a packet can be in: what the kernel takes at once (`UIO_MAXIOV`), but for the one of
 /// this process's own.

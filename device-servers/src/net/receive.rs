@@ -4,11 +4,11 @@ use std::collections::VecDeque;
 use std::io::{self, ErrorKind};
 
 use super::config::{HEADER, MAX_PACKET, NUM_BUFFERS};
-use super::guest::{self, Guest, GuestSlice, Segment};
 use super::packet::{self, MAX_SLICES};
 use super::pair::{BATCH, Wait};
 use super::tap::Tap;
 use crate::virtio::VirtQueue;
+use crate::virtio::guest::{self, Guest, GuestSlice, Segment};
 
 /// Gives packets to the driver.
 ///
@@ -49,18 +49,13 @@ impl Receiver {
 
     /// Gives a batch of packets to the driver, and says what to wait for.
     pub(super) fn receive(&mut self, queue: &mut VirtQueue, tap: &Tap) -> Wait {
-        let memory = queue.memory().clone();
-        let view = memory.view();
-        let guest = Guest {
-            view: &view,
-            memory: &memory,
-        };
-        queue.disable_notifications(&view);
+        let guest = queue.guest();
+        queue.disable_notifications(&guest.view);
         let mut pool = Pool::new(self.mergeable);
         let mut wait = Wait::No;
         for _ in 0..BATCH {
             let result = if self.held == 0 {
-                self.read(&mut pool, queue, guest, tap)
+                self.read(&mut pool, queue, &guest, tap)
             } else {
                 Ok(())
             };
@@ -68,13 +63,13 @@ impl Receiver {
                 wait = wait_after(&error);
                 break;
             }
-            if self.held > 0 && !self.place(&mut pool, queue, guest) {
+            if self.held > 0 && !self.place(&mut pool, queue, &guest) {
                 wait = Wait::Driver;
                 break;
             }
         }
         queue.unpop(pool.len());
-        queue.interrupt(&view);
+        queue.interrupt(&guest.view);
         wait
     }
 
@@ -83,7 +78,7 @@ impl Receiver {
         &mut self,
         pool: &mut Pool<'v>,
         queue: &mut VirtQueue,
-        guest: Guest<'v>,
+        guest: &'v Guest,
         tap: &Tap,
     ) -> io::Result<()> {
         pool.fill(queue, guest, self.expected);
@@ -109,7 +104,7 @@ impl Receiver {
     }
 
     /// Copies the packet that is kept to the driver's buffers. Returns whether it is not kept any more.
-    fn place<'v>(&mut self, pool: &mut Pool<'v>, queue: &mut VirtQueue, guest: Guest<'v>) -> bool {
+    fn place<'v>(&mut self, pool: &mut Pool<'v>, queue: &mut VirtQueue, guest: &'v Guest) -> bool {
         loop {
             pool.fill(queue, guest, self.held);
             if pool.capacity >= self.held {
@@ -121,7 +116,7 @@ impl Receiver {
                 return true;
             }
             // There is nothing left to be popped, so the driver notifies of what comes.
-            if !queue.enable_notifications(guest.view) {
+            if !queue.enable_notifications(&guest.view) {
                 return false;
             }
         }
@@ -133,7 +128,9 @@ impl Receiver {
         {
             *place = count(&used);
         }
-        guest.scatter(used.iter().flat_map(|used| &used.buffer.segments), packet);
+        if !guest.scatter(used.iter().flat_map(|used| &used.buffer.segments), packet) {
+            log::debug!("a part of a packet is lost: the driver's buffer is not in memory");
+        }
         finish(&used, queue, guest);
         self.held = 0;
         true
@@ -195,9 +192,9 @@ impl<'v> Pool<'v> {
     }
 
     /// Pops buffers until they have so many bytes, if there are as many.
-    fn fill(&mut self, queue: &mut VirtQueue, guest: Guest<'v>, wanted: usize) {
+    fn fill(&mut self, queue: &mut VirtQueue, guest: &'v Guest, wanted: usize) {
         while self.capacity < wanted && !self.is_full(queue) {
-            let Some(chain) = queue.pop(guest.view) else {
+            let Some(chain) = queue.pop(&guest.view) else {
                 return;
             };
             let head = chain.head_index();
@@ -273,10 +270,10 @@ fn write_at(used: &[Used<'_>], offset: usize, bytes: &[u8]) {
 }
 
 /// Returns buffers to the driver, which sees all of a packet or nothing.
-fn finish(used: &[Used<'_>], queue: &mut VirtQueue, guest: Guest<'_>) {
+fn finish(used: &[Used<'_>], queue: &mut VirtQueue, guest: &Guest) {
     let written = used.iter().map(|used| {
         let written = u32::try_from(used.written).unwrap_or(u32::MAX);
         (used.buffer.head, written)
     });
-    queue.push_together(guest.view, written);
+    queue.push_together(&guest.view, written);
 }

@@ -3,10 +3,10 @@
 use std::io::{self, ErrorKind};
 
 use super::config::{HEADER, MAX_PACKET};
-use super::guest::{self, Guest};
 use super::packet::{self, MAX_SLICES};
 use super::pair::{BATCH, Wait};
 use super::tap::Tap;
+use crate::virtio::guest::{self, Guest};
 use crate::virtio::{Chain, VirtQueue};
 
 /// Takes packets from the driver.
@@ -28,21 +28,16 @@ impl Transmitter {
 
     /// Takes a batch of packets from the driver, and says what to wait for.
     pub(super) fn transmit(&mut self, queue: &mut VirtQueue, tap: &Tap) -> Wait {
-        let memory = queue.memory().clone();
-        let view = memory.view();
-        let guest = Guest {
-            view: &view,
-            memory: &memory,
-        };
-        queue.disable_notifications(&view);
+        let guest = queue.guest();
+        queue.disable_notifications(&guest.view);
         let mut wait = Wait::No;
         for _ in 0..BATCH {
-            let Some(chain) = queue.pop(&view) else {
+            let Some(chain) = queue.pop(&guest.view) else {
                 wait = Wait::Driver;
                 break;
             };
             let head = chain.head_index();
-            match self.send(chain, guest, tap) {
+            match self.send(chain, &guest, tap) {
                 Err(error) if error.kind() == ErrorKind::WouldBlock => {
                     queue.unpop(1);
                     wait = Wait::Tap;
@@ -51,16 +46,16 @@ impl Transmitter {
                 Err(error) => log::debug!("a packet is dropped: {error}"),
                 Ok(()) => {}
             }
-            queue.push(&view, head, 0);
+            queue.push(&guest.view, head, 0);
         }
-        queue.interrupt(&view);
-        if wait == Wait::Driver && queue.enable_notifications(&view) {
+        queue.interrupt(&guest.view);
+        if wait == Wait::Driver && queue.enable_notifications(&guest.view) {
             wait = Wait::No;
         }
         wait
     }
 
-    fn send(&mut self, chain: Chain<'_>, guest: Guest<'_>, tap: &Tap) -> io::Result<()> {
+    fn send(&mut self, chain: Chain<'_>, guest: &Guest, tap: &Tap) -> io::Result<()> {
         let segments = guest::segments(chain, false);
         let length = guest::length(&segments);
         if length <= HEADER || length > MAX_PACKET {

@@ -23,22 +23,22 @@
 //!
 //! ```ignore
 //! queue.doorbell().has_rung(); // Taken before the queue is looked at.
-//! let view = queue.memory().view();
+//! let guest = queue.guest();
 //! loop {
-//!     queue.disable_notifications(&view);
-//!     while let Some(chain) = queue.pop(&view) {
+//!     queue.disable_notifications(&guest.view);
+//!     while let Some(chain) = queue.pop(&guest.view) {
 //!         let head = chain.head_index();
 //!         let written = /* … */;
-//!         queue.push(&view, head, written);
+//!         queue.push(&guest.view, head, written);
 //!     }
-//!     queue.interrupt(&view);
-//!     if !queue.enable_notifications(&view) {
+//!     queue.interrupt(&guest.view);
+//!     if !queue.enable_notifications(&guest.view) {
 //!         break;
 //!     }
 //! }
 //! ```
 //!
-//! The view is for one batch: memory that the client unmaps stays mapped, and the client waits, until there is no view of
+//! The view of [`Guest`](guest::Guest) memory is for one batch: memory that the client unmaps stays mapped, and the client waits, until there is no view of
 //! it. A request that takes time keeps a clone, and gives its result through that one. A service that waits has none.
 //!
 //! # Who is trusted
@@ -67,6 +67,7 @@
 
 mod common;
 mod device;
+pub mod guest;
 mod layout;
 mod queue;
 mod signals;

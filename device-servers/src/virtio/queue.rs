@@ -10,6 +10,7 @@ use virtio_bindings::bindings::virtio_ring::VRING_AVAIL_F_NO_INTERRUPT;
 use virtio_queue::{DescriptorChain, Error, Queue, QueueOwnedT, QueueT};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
+use super::guest::Guest;
 use super::signals::Signals;
 
 /// A chain of descriptors: a buffer, as the driver has made it available.
@@ -67,9 +68,9 @@ impl VirtQueue {
         &self.doorbell
     }
 
-    /// Guest memory.
-    pub fn memory(&self) -> &Memory {
-        &self.memory
+    /// Guest memory as it is now.
+    pub fn guest(&self) -> Guest {
+        Guest::new(&self.memory)
     }
 
     /// Takes the next buffer that the driver has made available, if there is one.

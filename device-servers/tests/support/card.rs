@@ -10,7 +10,8 @@ use device_servers::net::{self, NetError, OpenNet, Options};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
 
-use crate::support::{BUFFERS, LONG, Machine, Queue, Ram, wait_for};
+use crate::support::queue::Queue;
+use crate::support::{BUFFERS, LONG, Machine, Ram, wait_for};
 
 // Features.
 pub(crate) const GUEST_CSUM: u64 = 1 << 1;
