@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use device_servers::disk::Options;
 use drive::{CONFIG_WCE, Disk, IN, Image, Load, OK, OUT, USUAL, attach};
-use support::{BASE, BUFFERS, EVENT_IDX, Machine, Ram, SIZE};
+use support::{BASE, BUFFERS, EVENT_IDX, Machine, Ram};
 use vfio_user_client::{ConnError, DeviceState};
 
 /// A disk that waits for another to migrate there.
