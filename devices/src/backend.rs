@@ -10,6 +10,7 @@ use pci::BarIndex;
 use vfio_user_client::{ConnError, DeviceState};
 
 use crate::kernel::KernelError;
+use crate::migration::Migration;
 
 /// Why a backend did not do what it was asked.
 #[derive(Debug, thiserror::Error)]
@@ -75,6 +76,9 @@ pub trait Backend: Send + Sync + fmt::Debug {
 
     /// Who enables MSI and MSI-X in the device.
     fn message_control(&self) -> MessageControl;
+
+    /// How the device's state is taken out and put back, if it can be.
+    fn migration(&self) -> Option<&dyn Migration>;
 
     /// Whether the device is gone for good, so that every call fails.
     fn is_lost(&self) -> bool;

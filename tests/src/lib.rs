@@ -5,6 +5,7 @@ pub mod backend_contract;
 pub mod device_thread;
 pub mod foreign;
 pub mod lab;
+pub mod migration_contract;
 pub mod outrigger;
 pub mod tiny;
 pub mod truncator;

@@ -8,11 +8,13 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::{Arc, Mutex};
 
 use devices::{
-    Backend, BackendError, Doorbell, Irq, IrqInfo, MessageControl, Region, RegionInfo, Remote,
+    Backend, BackendError, Doorbell, Irq, IrqInfo, MessageControl, Migration, Region, RegionInfo,
+    Remote,
 };
 use pci::BarIndex;
 use tests::backend_contract::{self, Subject};
 use tests::device_thread::DeviceThread;
+use tests::migration_contract;
 use vfio_user_client::{ConnError, DmaError, GuestDma};
 
 const BAR0: BarIndex = BarIndex::ALL[0];
@@ -49,6 +51,23 @@ fn a_vfio_user_server_keeps_the_contract() {
         vectors: [1, 4, 64],
     };
     backend_contract::check(&remote, &subject).unwrap();
+}
+
+#[test]
+fn a_vfio_user_server_migrates() {
+    let servers = [(); 2].map(|()| DeviceThread::demo().unwrap());
+    let [from, to] = servers
+        .each_ref()
+        .map(|server| Remote::connect(server.socket(), Arc::new(Nobody)).unwrap());
+    let subject = migration_contract::Subject {
+        register: (BAR0, 8, 4),
+        value: [7, 0, 0, 0],
+        is_reset: true,
+        notices_garbage: true,
+    };
+    migration_contract::check(&from, &to, &subject).unwrap();
+    // And back.
+    migration_contract::check(&to, &from, &subject).unwrap();
 }
 
 /// Guest memory that there is none of.
@@ -202,6 +221,10 @@ impl Backend for Memory {
 
     fn message_control(&self) -> MessageControl {
         MessageControl::Arming
+    }
+
+    fn migration(&self) -> Option<&dyn Migration> {
+        None
     }
 
     fn is_lost(&self) -> bool {

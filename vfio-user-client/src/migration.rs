@@ -114,6 +114,13 @@ impl Client {
         let data = [start.as_bytes(), ranges.as_bytes()].concat();
         let reply = self.feature(FeatureId::DmaLoggingStart, FeatureFlags::SET, &data)?;
         let (start, _) = self.feature_data::<LoggingStart>(&reply)?;
+        if !start.page_size.is_power_of_two() {
+            let source = ProtocolError::Count {
+                count: start.page_size,
+                expected: page_size,
+            };
+            return Err(self.bad_answer(Command::DeviceFeature, source));
+        }
         Ok(start.page_size)
     }
 

@@ -16,10 +16,12 @@ use vfio_bindings::bindings::vfio::{
 use super::file::DeviceFile;
 use super::info::RegionDescription;
 use super::interrupts::{self, Vectors};
+use super::migration::KernelMigration;
 use super::{Hold, KernelError, Opened, ioctls, reset};
 use crate::backend::{
     Backend, BackendError, Doorbell, Irq, IrqInfo, MappableArea, MessageControl, Region, RegionInfo,
 };
+use crate::migration::Migration;
 
 /// The regions that every PCI device has (`VFIO_PCI_BAR0_REGION_INDEX` to `VFIO_PCI_CONFIG_REGION_INDEX`).
 const REGIONS: u32 = 8;
@@ -27,15 +29,46 @@ const REGIONS: u32 = 8;
 /// A device of the host, as the kernel's VFIO gives it.
 pub struct KernelDevice {
     name: String,
-    /// The device itself, until it is given back.
-    file: RwLock<Option<DeviceFile>>,
+    file: SharedFile,
     regions: Vec<RegionDescription>,
     /// What the ids are if the hardware does not tell: a virtual function reads as all-ones.
     ids: Option<(u16, u16)>,
     vectors: Mutex<Vectors>,
+    migration: Option<KernelMigration>,
     notices: Notices,
     // After the device.
     hold: Hold,
+}
+
+/// The device itself, until it is given back.
+#[derive(Debug, Clone)]
+pub(super) struct SharedFile(Arc<RwLock<Option<DeviceFile>>>);
+
+impl SharedFile {
+    /// Calls `with` with the device, unless it has been given back.
+    pub(super) fn with<R>(
+        &self,
+        with: impl FnOnce(&File) -> Result<R, KernelError>,
+    ) -> Result<R, BackendError> {
+        let file = self.0.read().unwrap_or_else(PoisonError::into_inner);
+        let file: &DeviceFile = file.as_ref().ok_or(KernelError::Closed)?;
+        Ok(with(file)?)
+    }
+
+    fn is_closed(&self) -> bool {
+        let file = self.0.read().unwrap_or_else(PoisonError::into_inner);
+        file.is_none()
+    }
+
+    fn close(&self) {
+        let file = self
+            .0
+            .write()
+            .unwrap_or_else(PoisonError::into_inner)
+            .take();
+        // What the kernel does about it keeps nobody waiting.
+        drop(file);
+    }
 }
 
 /// What the host has to say of a device, as events.
@@ -63,9 +96,11 @@ impl KernelDevice {
         let msix = describe_irq(device, Irq::Msix.index())?;
         let notices = Notices::new(device)?;
         let Opened { file, hold } = opened;
+        let file = SharedFile(Arc::new(RwLock::new(Some(file))));
         Ok(Self {
             name: name.to_owned(),
-            file: RwLock::new(Some(file)),
+            migration: KernelMigration::new(file.clone()),
+            file,
             regions,
             ids,
             vectors: Mutex::new(Vectors::new(msix.flags & VFIO_IRQ_INFO_NORESIZE != 0)),
@@ -84,9 +119,7 @@ impl KernelDevice {
         &self,
         with: impl FnOnce(&File) -> Result<R, KernelError>,
     ) -> Result<R, BackendError> {
-        let file = self.file.read().unwrap_or_else(PoisonError::into_inner);
-        let file: &DeviceFile = file.as_ref().ok_or(KernelError::Closed)?;
-        Ok(with(file)?)
+        self.file.with(with)
     }
 
     /// Where an access is in the device's file.
@@ -216,26 +249,32 @@ impl Backend for KernelDevice {
                     .map_err(KernelError::step("write to the device"))?;
             }
             reset::reset(&self.name, file.as_fd(), &self.hold)
-        })
+        })?;
+        if let Some(migration) = &self.migration {
+            migration.forget();
+        }
+        Ok(())
     }
 
     fn message_control(&self) -> MessageControl {
         MessageControl::Arming
     }
 
+    fn migration(&self) -> Option<&dyn Migration> {
+        self.migration
+            .as_ref()
+            .map(|migration| migration as &dyn Migration)
+    }
+
     fn is_lost(&self) -> bool {
-        let file = self.file.read().unwrap_or_else(PoisonError::into_inner);
-        file.is_none()
+        self.file.is_closed()
     }
 
     fn close(&self) {
-        let file = self
-            .file
-            .write()
-            .unwrap_or_else(PoisonError::into_inner)
-            .take();
-        // What the kernel does about it keeps nobody waiting.
-        drop(file);
+        if let Some(migration) = &self.migration {
+            migration.forget();
+        }
+        self.file.close();
     }
 }
 

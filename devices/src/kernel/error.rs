@@ -109,6 +109,15 @@ pub enum KernelError {
     /// An access beyond the end of a region, or to one that is not there.
     #[error("it has nothing there")]
     Outside,
+    /// The device has no migration data in the state that it is in.
+    #[error("it is in a state in which its migration data is neither read nor written")]
+    NoData,
+    /// Its migration data has been refused, and what it has of it is not a state.
+    #[error("it has refused some of its migration data, and has to be reset")]
+    HalfRestored,
+    /// A migration state that nobody knows.
+    #[error("the kernel says that it is in the migration state {0}, which there is not")]
+    UnknownState(u32),
     /// The device has been given back.
     #[error("it was given back to the host")]
     Closed,

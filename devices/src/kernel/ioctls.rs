@@ -4,6 +4,8 @@
 //! errors to themselves.
 #![expect(unsafe_code, reason = "an ioctl takes an address")]
 
+mod migration;
+
 use std::ffi::CStr;
 use std::io;
 use std::ops::RangeInclusive;
@@ -16,6 +18,11 @@ use vfio_bindings::bindings::vfio::{
     VFIO_BASE, VFIO_IRQ_SET_DATA_EVENTFD, VFIO_IRQ_SET_DATA_NONE, VFIO_TYPE,
     vfio_device_attach_iommufd_pt, vfio_device_bind_iommufd, vfio_device_info, vfio_group_status,
     vfio_iommu_type1_dma_map, vfio_iommu_type1_dma_unmap, vfio_irq_info,
+};
+
+pub(super) use self::migration::{
+    device_state, dma_log, migration_flags, precopy_info, set_device_state, start_dma_logging,
+    stop_copy_size, stop_dma_logging,
 };
 
 /// `VFIO_GET_API_VERSION`.

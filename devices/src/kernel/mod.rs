@@ -10,6 +10,7 @@ mod info;
 mod interrupts;
 mod ioctls;
 mod iommufd;
+mod migration;
 mod reset;
 mod type1;
 

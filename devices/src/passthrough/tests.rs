@@ -12,6 +12,7 @@ use crate::backend::{
     Backend, BackendError, Doorbell, Irq, IrqInfo, MappableArea, MessageControl, Region, RegionInfo,
 };
 use crate::interrupts::{EventVectors, InterruptLine, InterruptSource};
+use crate::migration::Migration;
 
 /// What is noted, in order.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -163,6 +164,10 @@ impl Backend for Device {
 
     fn message_control(&self) -> MessageControl {
         MessageControl::Arming
+    }
+
+    fn migration(&self) -> Option<&dyn Migration> {
+        None
     }
 
     fn is_lost(&self) -> bool {

@@ -1,5 +1,7 @@
 //! The backend that is a vfio-user server.
 
+mod migration;
+
 use std::fmt;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
@@ -10,15 +12,18 @@ use vfio_user_client::{
     Client, ConnError, DeviceState, DmaAccess, GuestDma, IoEvent, Loss, Options, State,
 };
 
+use self::migration::RemoteMigration;
 use crate::backend::{
     Backend, BackendError, Doorbell, Irq, IrqInfo, MappableArea, MessageControl, Region, RegionInfo,
 };
 use crate::dma::{DmaTarget, Mapping};
+use crate::migration::Migration;
 
 /// A device in another process, at the other end of a vfio-user connection.
 pub struct Remote {
-    client: Client,
+    client: Arc<Client>,
     resettable: bool,
+    migration: Option<RemoteMigration>,
 }
 
 /// The numbers of regions and interrupts that every PCI device has (`VFIO_PCI_NUM_REGIONS` and those up to
@@ -43,9 +48,12 @@ impl Remote {
         if !info.pci || info.regions < REGIONS || info.irqs < IRQS {
             return Err(BackendError::NotPci);
         }
+        let client = Arc::new(client);
+        let migration = RemoteMigration::new(&client)?;
         Ok(Self {
             client,
             resettable: info.resettable,
+            migration,
         })
     }
 
@@ -182,6 +190,12 @@ impl Backend for Remote {
     /// SPDK's and libvfio-user's devices look at the control registers in their own configuration space.
     fn message_control(&self) -> MessageControl {
         MessageControl::Forwarded
+    }
+
+    fn migration(&self) -> Option<&dyn Migration> {
+        self.migration
+            .as_ref()
+            .map(|migration| migration as &dyn Migration)
     }
 
     fn is_lost(&self) -> bool {
