@@ -3,7 +3,7 @@
 
 use std::fs::File;
 use std::os::unix::net::UnixListener;
-use std::process::Output;
+use std::process::{Command, Output, Stdio};
 
 use tempfile::TempDir;
 use tests::outrigger::{self, has_kvm};
@@ -167,24 +167,34 @@ fn images_that_cannot_be_served_are_named() {
         expect_mistake(&arguments, &[flag, part]);
     };
     let absent = ["path=/no/such/image"];
-    expect(&absent, "--disk path=/no/such/image: ", "No such file");
-    expect(
-        &["path=/dev/null"],
-        "--disk path=/dev/null: ",
-        "block device",
-    );
+    let refusal = "--disk: cannot open /no/such/image: No such file";
+    expect(&absent, "outrigger: ", refusal);
+    expect(&["path=/dev/null"], "--disk: /dev/null", "block device");
     let (disk, flag) = (format!("path={image}"), format!("--disk path={image}: "));
-    expect(&[&disk, &disk], &flag, "in use");
+    expect(&[&disk, &disk], &format!("--disk: {image}"), "in use");
     let short = format!("{disk},queue_size=100");
     expect(&[&short], &flag, "power of two");
     // Nothing is left of the servers that did start.
     let after = format!("{disk},num_queues=0");
-    expect(
-        &[&disk, absent[0]],
-        "--disk path=/no/such/image: ",
-        "No such file",
-    );
+    expect(&[&disk, absent[0]], "outrigger: ", refusal);
     expect(&[&after], &flag, "queues");
+}
+
+#[test]
+fn nobody_hears_of_a_list_that_nobody_reads() {
+    let (reader, writer) = std::io::pipe().unwrap();
+    drop(reader);
+    let mut command = Command::new(outrigger::binary());
+    let output = command
+        .args(["vfio", "list"])
+        .stdout(writer)
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap()
+        .wait_with_output()
+        .unwrap();
+    assert_eq!(String::from_utf8_lossy(&output.stderr), "");
+    assert!(output.status.success());
 }
 
 #[test]

@@ -142,7 +142,7 @@ impl Vm {
             let (device, process) = server.wait()?;
             let server = pci
                 .attach_built_in(device, &memory)
-                .inspect_err(|_| process.report_end())?;
+                .inspect_err(|_| process.report_end_soon())?;
             servers.add(process.clone(), server.remote.clone());
             event_loop.add(Box::new(server));
             event_loop.add(Box::new(servers::Exit(process)));

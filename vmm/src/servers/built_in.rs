@@ -10,8 +10,22 @@ pub(super) struct BuiltIn {
     pub(super) id: String,
     /// The flag that asks for it, as far as it tells this device from others.
     pub(super) flag: String,
+    /// What it is on: an image or a tap.
+    pub(super) resource: Option<String>,
     /// What comes behind `outrigger serve`.
     pub(super) arguments: Vec<OsString>,
+}
+
+impl BuiltIn {
+    /// The flag that is to blame for what its server says. An image or tap that this names is not named twice.
+    pub(super) fn flag_for(&self, reason: &str) -> String {
+        let resource = self.resource.as_ref();
+        let flag = match resource.filter(|resource| reason.contains(resource.as_str())) {
+            Some(_) => self.flag.split(' ').next().unwrap_or_default(),
+            None => &self.flag,
+        };
+        flag.to_owned()
+    }
 }
 
 impl From<&DiskConfig> for BuiltIn {
@@ -37,6 +51,7 @@ impl From<&DiskConfig> for BuiltIn {
         Self {
             id: id.clone(),
             flag: format!("--disk path={}", path.display()),
+            resource: Some(path.display().to_string()),
             arguments,
         }
     }
@@ -66,6 +81,7 @@ impl From<&NetConfig> for BuiltIn {
                 Some(tap) => format!("--net tap={tap}"),
                 None => format!("--net id={id}"),
             },
+            resource: tap.clone(),
             arguments,
         }
     }

@@ -14,17 +14,24 @@ use std::time::{Duration, Instant};
 use devices::{Backend as _, Remote};
 
 use self::built_in::BuiltIn;
+use self::process::is_readable;
 pub(crate) use self::process::{Exit, Process};
 use crate::config::VmConfig;
 
 /// What a server writes to its standard output when it has a device to serve. Anything else is why it has none.
 pub const SERVER_READY: &[u8] = b"ready\n";
 
+/// How long a server may take to start. It may have to wait for storage of the host's, or for whoever had its image before.
+const START: Duration = Duration::from_secs(30);
+
+/// When a server that has not started is worth a word.
+const SLOW: Duration = Duration::from_secs(2);
+
 /// How long servers may take to finish when their VM has ended. They may have to wait for the host's disks.
 const PATIENCE: Duration = Duration::from_secs(10);
 
 /// Most bytes that a server says about why it does not serve.
-const MAX_REPORT: u64 = 4096;
+const MAX_REPORT: usize = 4096;
 
 /// Why a built-in device has no server.
 #[derive(Debug, thiserror::Error)]
@@ -46,6 +53,16 @@ pub enum ServerError {
         /// What the server says.
         reason: String,
     },
+    /// The server neither serves nor says why.
+    #[error(
+        "{flag}: the server of this device has not started within {} seconds; does the storage or the network that it \
+         is on answer?",
+        START.as_secs()
+    )]
+    TimedOut {
+        /// The flag that asks for the device.
+        flag: String,
+    },
     /// The server ended without a word.
     #[error("{flag}: the server of this device has failed: {end}")]
     Died {
@@ -60,6 +77,7 @@ pub enum ServerError {
 #[derive(Debug)]
 pub(crate) struct Starting {
     device: BuiltIn,
+    since: Instant,
     connection: UnixStream,
     report: PipeReader,
     process: Process,
@@ -94,6 +112,7 @@ impl Starting {
         match start() {
             Ok((connection, report, process)) => Ok(Self {
                 device,
+                since: Instant::now(),
                 connection,
                 report,
                 process,
@@ -107,29 +126,65 @@ impl Starting {
 
     /// Waits until the server has its device.
     pub(crate) fn wait(self) -> Result<(Device, Arc<Process>), ServerError> {
-        let BuiltIn { id, flag, .. } = self.device;
-        let mut report = Vec::new();
-        match self.report.take(MAX_REPORT).read_to_end(&mut report) {
+        let flag = self.device.flag.clone();
+        let mut report = Report::new(self.report);
+        let mut is_whole = report.read(self.since + SLOW);
+        if let Ok(false) = is_whole {
+            log::warn!("{flag}: its server takes long to start");
+            is_whole = report.read(self.since + START);
+        }
+        match is_whole.map(|is_whole| is_whole.then_some(report.said.as_slice())) {
             Err(source) => Err(ServerError::Spawn { flag, source }),
-            Ok(_) if report == SERVER_READY => {
+            Ok(None) => Err(ServerError::TimedOut { flag }),
+            Ok(Some(SERVER_READY)) => {
                 let connection = self.connection;
                 let device = Device {
-                    id,
+                    id: self.device.id,
                     flag,
                     connection,
                 };
                 Ok((device, Arc::new(self.process)))
             }
-            Ok(0) => {
+            Ok(Some([])) => {
                 let end = self.process.end(Instant::now() + PATIENCE);
                 let end = end.unwrap_or_else(|| "it still runs".to_owned());
                 Err(ServerError::Died { flag, end })
             }
-            Ok(_) => {
-                let reason = String::from_utf8_lossy(&report).trim_end().to_owned();
+            Ok(Some(said)) => {
+                let reason = String::from_utf8_lossy(said).trim_end().to_owned();
+                let flag = self.device.flag_for(&reason);
                 Err(ServerError::Refused { flag, reason })
             }
         }
+    }
+}
+
+/// What a server says about its start.
+struct Report {
+    pipe: PipeReader,
+    said: Vec<u8>,
+}
+
+impl Report {
+    fn new(pipe: PipeReader) -> Self {
+        let said = Vec::new();
+        Self { pipe, said }
+    }
+
+    /// Reads on until the end or `deadline`, and returns whether it has come to the end.
+    fn read(&mut self, deadline: Instant) -> io::Result<bool> {
+        while self.said.len() < MAX_REPORT {
+            if !is_readable(&self.pipe, deadline)? {
+                return Ok(false);
+            }
+            let mut piece = [0; 512];
+            let count = self.pipe.read(&mut piece)?;
+            self.said.extend(piece.iter().take(count));
+            if count == 0 {
+                break;
+            }
+        }
+        Ok(true)
     }
 }
 
@@ -154,5 +209,36 @@ impl Drop for Servers {
         for (process, _) in &self.0 {
             process.finish(deadline);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write as _;
+
+    use super::*;
+
+    #[test]
+    fn report_is_waited_for_until_the_deadline() {
+        let (pipe, mut server) = pipe().unwrap();
+        let mut report = Report::new(pipe);
+        let soon = || Instant::now() + Duration::from_millis(20);
+        assert!(!report.read(soon()).unwrap());
+        server.write_all(b"rea").unwrap();
+        assert!(!report.read(soon()).unwrap());
+        server.write_all(b"dy\n").unwrap();
+        drop(server);
+        assert!(report.read(soon()).unwrap());
+        assert_eq!(report.said, SERVER_READY);
+    }
+
+    #[test]
+    fn server_that_ends_without_a_word_is_not_waited_for() {
+        let (pipe, server) = pipe().unwrap();
+        drop(server);
+        let deadline = Instant::now() + START;
+        let mut report = Report::new(pipe);
+        assert!(report.read(deadline).unwrap() && report.said.is_empty());
+        assert!(Instant::now() < deadline);
     }
 }

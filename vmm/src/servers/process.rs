@@ -1,7 +1,7 @@
 //! The process of a server: started, watched and reaped.
 
 use std::io::{self, PipeWriter};
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::{CommandExt as _, ExitStatusExt as _};
 use std::process::{Child, Command, ExitStatus};
@@ -18,6 +18,9 @@ use crate::event_loop::watch;
 
 /// This program, even if its file has been replaced since it was started.
 const THIS_PROGRAM: &str = "/proc/self/exe";
+
+/// How long the kernel may take to end a process that is killed: it finishes what it has begun with the host's storage.
+const KILLED: Duration = Duration::from_secs(1);
 
 /// A server's process. It is killed, if it still runs, when this is dropped.
 #[derive(Debug)]
@@ -82,26 +85,35 @@ impl Process {
         }
     }
 
-    /// Says in the log, once, how the process ended whose device was just lost, if it has ended.
+    /// As [`report_end`](Self::report_end), when its connection has gone: that goes a moment before the process, which
+    /// this waits for.
+    pub(crate) fn report_end_soon(&self) {
+        let _ = is_readable(&self.ended, Instant::now() + Duration::from_millis(100));
+        self.report_end();
+    }
+
+    /// Says in the log, once, how the process ended, if it has.
     pub(crate) fn report_end(&self) {
-        // The connection goes a moment before the process.
-        if let Some(end) = self.end(Instant::now() + Duration::from_millis(100)) {
+        if let Some(end) = self.end(Instant::now()) {
             self.reported
                 .call_once(|| log::warn!("{}: its server has ended: {end}", self.id));
         }
     }
 
     fn wait(&self, deadline: Instant) -> io::Result<Option<ExitStatus>> {
-        let limit = deadline.saturating_duration_since(Instant::now());
-        let limit = Timespec::try_from(limit).map_err(io::Error::other)?;
-        retry_on_intr(|| poll(&mut [PollFd::new(&self.ended, PollFlags::IN)], Some(&limit)))?;
+        is_readable(&self.ended, deadline)?;
         self.child().try_wait()
     }
 
-    /// Both steps fail only if the process is no more. Its number may be another's by then.
     fn kill(&self) {
+        // This fails only if the process is no more. Its number may be another's by then.
         let _ = pidfd_send_signal(&self.ended, Signal::KILL);
-        let _ = self.child().wait();
+        if let Ok(None) = self.wait(Instant::now() + KILLED) {
+            log::warn!(
+                "{}: its server was killed and has not ended yet: the host's storage or network does not answer",
+                self.id
+            );
+        }
     }
 
     fn child(&self) -> MutexGuard<'_, Child> {
@@ -113,6 +125,14 @@ impl Drop for Process {
     fn drop(&mut self) {
         self.kill();
     }
+}
+
+/// Waits until a descriptor is readable, or `deadline` has passed, and returns whether it is readable.
+pub(super) fn is_readable(fd: &impl AsFd, deadline: Instant) -> io::Result<bool> {
+    let limit = deadline.saturating_duration_since(Instant::now());
+    let limit = Timespec::try_from(limit).map_err(io::Error::other)?;
+    let ready = retry_on_intr(|| poll(&mut [PollFd::new(fd, PollFlags::IN)], Some(&limit)))?;
+    Ok(ready > 0)
 }
 
 /// As verbose as this process is.
