@@ -1,5 +1,6 @@
 //! The control queue, the tap's link, and announcements: all that is no packet, in one thread.
 
+use std::io;
 use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -123,19 +124,20 @@ impl Control {
         self.due = (left > 1).then(|| now + announce::pause(left - 1));
     }
 
-    fn wait(&self, queue: Option<&VirtQueue>, stop: &Stop, limit: Option<Duration>) {
+    fn wait(
+        &self,
+        queue: Option<&VirtQueue>,
+        stop: &Stop,
+        limit: Option<Duration>,
+    ) -> io::Result<()> {
         let bell = queue.map(|queue| queue.doorbell().as_fd());
         let link = self.link.as_ref().map(AsFd::as_fd);
         let fds = [Some(stop.as_fd()), bell, link].into_iter().flatten();
         let fds = fds.map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN));
         let limit = limit.and_then(|limit| Timespec::try_from(limit).ok());
         match poll(&mut fds.collect::<Vec<_>>(), limit.as_ref()) {
-            Ok(_) | Err(Errno::INTR) => {}
-            Err(errno) => {
-                log::error!("cannot wait for the control queue: {errno}");
-                // Without a wait this would never rest.
-                std::thread::sleep(Duration::from_secs(1));
-            }
+            Ok(_) | Err(Errno::INTR) => Ok(()),
+            Err(errno) => Err(errno.into()),
         }
     }
 }
@@ -165,7 +167,13 @@ impl Service for Control {
             } else {
                 until_due()
             };
-            self.wait(queues.first(), stop, limit);
+            if let Err(error) = self.wait(queues.first(), stop, limit) {
+                match queues.first_mut() {
+                    Some(queue) => queue.give_up(&error),
+                    None => log::error!("cannot wait for what happens to the tap: {error}"),
+                }
+                return;
+            }
         }
     }
 }

@@ -3,8 +3,6 @@
 use std::io;
 use std::os::fd::AsFd;
 use std::sync::Arc;
-use std::thread;
-use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
@@ -51,10 +49,14 @@ impl Pair {
         }
     }
 
-    fn run(&mut self, activation: &mut Activation, stop: &Stop) -> Option<()> {
+    fn run(&mut self, activation: &mut Activation, stop: &Stop) -> io::Result<()> {
         let shared = Arc::clone(&self.shared);
-        let tap = shared.taps.get(usize::from(self.number))?;
-        let changed = shared.changed.get(usize::from(self.number))?;
+        let number = usize::from(self.number);
+        // There are both for each pair.
+        let (Some(tap), Some(changed)) = (shared.taps.get(number), shared.changed.get(number))
+        else {
+            return Err(io::ErrorKind::NotFound.into());
+        };
         self.receiver.begin(activation.features & MERGEABLE != 0);
         let [mut receive, mut transmit] = [None, None];
         for queue in &mut activation.queues {
@@ -86,18 +88,21 @@ impl Pair {
                 }),
             };
             let bells = [&receive, &transmit].map(Option::as_deref);
-            if waits.wait(tap, bells, stop, changed) {
+            if waits.wait(tap, bells, stop, changed)? {
                 waits = begin();
             }
         }
-        Some(())
+        Ok(())
     }
 }
 
 impl Service for Pair {
     fn serve(&mut self, activation: &mut Activation, stop: &Stop) {
-        // There is a tap for each pair.
-        let _ = self.run(activation, stop);
+        if let Err(error) = self.run(activation, stop) {
+            for queue in &mut activation.queues {
+                queue.give_up(&error);
+            }
+        }
     }
 }
 
@@ -129,7 +134,7 @@ impl Waits {
         [receive, transmit]: [Option<&VirtQueue>; 2],
         stop: &Stop,
         changed: &impl AsFd,
-    ) -> bool {
+    ) -> io::Result<bool> {
         let limit = [self.receive, self.transmit].contains(&Wait::No);
         let limit = limit.then(Timespec::default);
         let mut of_tap = PollFlags::empty();
@@ -150,12 +155,8 @@ impl Waits {
         ];
         match poll(&mut fds, limit.as_ref()) {
             Ok(_) => {}
-            Err(Errno::INTR) => return false,
-            Err(errno) => {
-                log::error!("cannot wait for the tap: {errno}");
-                // Without a wait this would never rest.
-                thread::sleep(Duration::from_secs(1));
-            }
+            Err(Errno::INTR) => return Ok(false),
+            Err(errno) => return Err(errno.into()),
         }
         let [_, change, receive_rang, transmit_rang, of_tap] = fds.map(|fd| fd.revents());
         if !receive_rang.is_empty() && receive.is_some_and(has_rung) {
@@ -171,7 +172,7 @@ impl Waits {
         if self.transmit == Wait::Tap && of_tap.intersects(PollFlags::OUT | broken) {
             self.transmit = Wait::No;
         }
-        !change.is_empty() && take(changed).is_ok()
+        Ok(!change.is_empty() && take(changed).is_ok())
     }
 }
 
