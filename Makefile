@@ -32,8 +32,7 @@ endif
 unit: ## Runs the tests that need no Linux guest
 	@mkdir -p target && : >$(SKIPPED)
 	SKIPPED_TESTS=$(SKIPPED) $(CARGO) test --workspace --locked
-	@test ! -s $(SKIPPED) || echo "SKIPPED: $$(sort -u $(SKIPPED) | wc -l) tests with tiny guests:" \
-	    "/dev/kvm cannot be opened for reading and writing"
+	@sort -u $(SKIPPED) | cut -f 1 | uniq -c | while read -r count reason; do echo "SKIPPED: $$count tests: $$reason"; done
 
 lab: programs ## Runs the cases that boot Linux guests
 	@tests/lab/mtty.sh

@@ -1,9 +1,12 @@
-//! The network card on taps. It takes `CAP_NET_ADMIN` and `ip` to make them; without those, the cases say so and pass.
+//! The network card on taps. It takes `CAP_NET_ADMIN` and `ip` to make them; without those, they are skipped.
 
 #![expect(clippy::unwrap_used, reason = "a test panics when it fails")]
 
 #[path = "support/card.rs"]
 mod card;
+#[path = "../../tests/src/skipped.rs"]
+#[expect(unreachable_pub, reason = "it is reachable where it belongs")]
+mod skipped;
 mod support;
 
 use std::net::UdpSocket;
@@ -15,6 +18,7 @@ use card::{
     CONTROL, Card, GUEST_CSUM, HEADER, MAC, MERGEABLE, MULTI_QUEUE, QUEUE, config, machine, options,
 };
 use device_servers::net::{self, NetError, Options};
+use skipped::skip;
 use support::{EVENT_IDX, LONG, Ram};
 
 const UP: u16 = 1;
@@ -34,7 +38,7 @@ impl Tap {
         let name = format!("ortest{network}-{}", std::process::id() % 100_000);
         let made = ip(&[&["tuntap", "add", "dev", &name, "mode", "tap"], flags].concat());
         if !made {
-            eprintln!("SKIPPED: no tap can be made here (CAP_NET_ADMIN, /dev/net/tun, `ip`)");
+            skip("no tap can be made (CAP_NET_ADMIN, /dev/net/tun, `ip`)");
             return None;
         }
         let tap = Self { name, network };

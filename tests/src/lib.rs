@@ -7,5 +7,6 @@ pub mod foreign;
 pub mod lab;
 pub mod migration_contract;
 pub mod outrigger;
+pub mod skipped;
 pub mod tiny;
 pub mod truncator;

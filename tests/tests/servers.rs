@@ -14,6 +14,7 @@ use rustix::process::{Pid, PidfdFlags, Signal, kill_process, pidfd_open};
 use tempfile::{NamedTempFile, TempDir};
 use tests::lab::{Process, SOON};
 use tests::outrigger::{self, has_kvm};
+use tests::skipped::skip;
 use tests::tiny::{self, FIRST_DEVICE, RESET, SCRATCH};
 
 #[test]
@@ -47,7 +48,7 @@ fn server_of_a_network_card_has_its_tap_and_nothing_else() {
         let says = |text: &str| vm.lines().iter().any(|line| line.text.contains(text));
         let has_no_taps = says("CAP_NET_ADMIN") || says("cannot open /dev/net/tun");
         assert!(has_no_taps, "{error:#}");
-        eprintln!("SKIPPED: no tap can be made here (CAP_NET_ADMIN, /dev/net/tun)");
+        skip("no tap can be made (CAP_NET_ADMIN, /dev/net/tun, `ip`)");
         return;
     }
     let server = Server::find("net", &format!("--id={id}")).unwrap();
