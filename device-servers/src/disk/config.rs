@@ -32,6 +32,12 @@ pub(super) const MAX_ZEROES: u32 = 1 << 17;
 /// Most extents of one request.
 pub(super) const MAX_EXTENTS: u32 = 32;
 
+/// Whether what is written has to survive a loss of power before the driver hears of it: a driver that does not flush, or
+/// has said that it does not, has no cache to be flushed (virtio 1.2, 5.2.5.2).
+pub(super) fn writes_through(features: u64, writeback: bool) -> bool {
+    features & FLUSH == 0 || (features & CONFIG_WCE != 0 && !writeback)
+}
+
 impl Config {
     pub(super) fn features(&self) -> u64 {
         let mut features = vec![
@@ -80,5 +86,26 @@ impl Config {
         // `write_zeroes_may_unmap`
         bytes.extend([1, 0, 0, 0]);
         bytes
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_who_flushes_has_a_cache() {
+        for (features, writeback, expected) in [
+            (0, true, true),
+            (CONFIG_WCE, true, true),
+            (FLUSH, true, false),
+            // Without the feature, it is none of the driver's business.
+            (FLUSH, false, false),
+            (FLUSH | CONFIG_WCE, true, false),
+            (FLUSH | CONFIG_WCE, false, true),
+        ] {
+            let found = writes_through(features, writeback);
+            assert_eq!(found, expected, "{features:#x} {writeback}");
+        }
     }
 }

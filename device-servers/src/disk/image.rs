@@ -108,7 +108,8 @@ impl Image {
         let caches_apart = if direct || readonly {
             None
         } else {
-            shared_storage(&file, is_device).map_err(failed)?
+            let file_system = fstatfs(&file).map_err(|errno| failed(errno.into()))?.f_type;
+            caches_apart(is_device, file_system)
         };
         Ok(Self {
             file: Arc::new(file),
@@ -228,18 +229,18 @@ fn geometry(file: &File, is_device: bool, direct: bool) -> io::Result<Geometry> 
     })
 }
 
-/// What storage it is, if other hosts may have it too without sharing a cache.
-fn shared_storage(file: &File, is_device: bool) -> io::Result<Option<String>> {
+/// What storage it is that other hosts may have too without sharing a cache, if it is: a block device, or on a file
+/// system of this type.
+fn caches_apart(is_device: bool, file_system: impl Into<i64>) -> Option<String> {
     if is_device {
-        return Ok(Some("a block device with direct=off".to_owned()));
+        return Some("a block device with direct=off".to_owned());
     }
     // The numbers have 32 bits, with or without a sign.
-    let bytes = fstatfs(file)?.f_type.to_le_bytes();
-    let magic = bytes.first_chunk().map(|bytes| u32::from_le_bytes(*bytes));
-    let found = NETWORK_FILE_SYSTEMS
-        .iter()
-        .find(|(number, _)| Some(*number) == magic);
-    Ok(found.map(|(_, name)| format!("on a network file system ({name}) with direct=off")))
+    let [a, b, c, d, ..] = file_system.into().to_le_bytes();
+    let magic = u32::from_le_bytes([a, b, c, d]);
+    let mut known = NETWORK_FILE_SYSTEMS.iter();
+    let (_, name) = known.find(|(number, _)| *number == magic)?;
+    Some(format!("on a network file system ({name}) with direct=off"))
 }
 
 #[cfg(test)]
@@ -264,6 +265,29 @@ mod tests {
         first.unlock();
         assert!(reader.lock().unwrap() && open(true).lock().unwrap());
         second.lock().unwrap_err();
+    }
+
+    #[test]
+    fn storage_that_hosts_cache_apart_is_an_obstacle() {
+        let file = file(1 << 20);
+        let mut image = Image::open(file.path(), false, false).unwrap();
+        assert_eq!(image.obstacle(), None);
+        for (is_device, file_system, name) in [
+            (true, 0, "a block device"),
+            (false, 0x6969, "NFS"),
+            (false, 0x6573_5546, "FUSE"),
+            // CIFS, as kernels of 32 bits say it.
+            (false, i64::from(0xff53_4d42_u32.cast_signed()), "CIFS"),
+        ] {
+            image.caches_apart = caches_apart(is_device, file_system);
+            let obstacle = image.obstacle().unwrap();
+            assert!(obstacle.contains(name), "{obstacle}");
+            assert!(obstacle.contains("direct=on it can migrate"), "{obstacle}");
+        }
+        // ext4, XFS, Btrfs, tmpfs.
+        for local in [0xef53_i64, 0x5846_5342, 0x9123_683e, 0x0102_1994] {
+            assert_eq!(caches_apart(false, local), None);
+        }
     }
 
     #[test]

@@ -4,7 +4,7 @@ use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use super::config::{CONFIG_WCE, FLUSH};
+use super::config::writes_through;
 use super::error::DiskError;
 use super::image::Image;
 use super::job::{Context, Job, SERIAL, Step};
@@ -230,8 +230,7 @@ impl Shared {
         Context {
             image: &self.image,
             serial: &self.serial,
-            // Virtio 1.2, 5.2.5.2: a driver that does not flush, or said that it does not, has no cache to be flushed.
-            durable: features & FLUSH == 0 || (features & CONFIG_WCE != 0 && !is_writeback),
+            durable: writes_through(features, is_writeback),
         }
     }
 }
