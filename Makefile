@@ -9,6 +9,7 @@ LAB_DEADLINE ?= 2400
 CARGO ?= cargo
 SKIPPED := $(CURDIR)/target/skipped-tests
 RELEASE := target/release
+QEMU ?= $(shell command -v qemu-system-x86_64)
 PROGRAMS := --package vmm --bin outrigger --package tests --bin lab-cases --bin bench
 
 .PHONY: help demo test test-iommufd unit lab vf peer setup programs bench lint clean
@@ -62,7 +63,7 @@ setup: ## Fetches what the lab needs: packages, kernels, initramfs images
 programs: setup
 	$(CARGO) build --release --locked $(PROGRAMS)
 
-bench: programs ## Measures start-up and memory; CLOUD_HYPERVISOR=PATH and QEMU=PATH are measured beside
+bench: programs ## Measures start-up, memory and disks, beside QEMU; CLOUD_HYPERVISOR=PATH is measured, too
 	$(RELEASE)/bench --outrigger $(RELEASE)/outrigger \
 	    $(if $(CLOUD_HYPERVISOR),--cloud-hypervisor $(CLOUD_HYPERVISOR)) $(if $(QEMU),--qemu $(QEMU))
 

@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::thread::{self, JoinHandle};
 
-use device_servers::demo;
+use device_servers::{demo, disk};
 use tempfile::TempDir;
 use vfio_user_server::{Description, Device, Host, Ids, Listener, Options, Server, Stopper};
 
@@ -24,6 +24,14 @@ impl DeviceThread {
     /// When there is no place for the socket, or the server does not start.
     pub fn demo() -> anyhow::Result<Self> {
         Self::serve(|socket| Ok(demo::server(&demo::Options::new(socket))?))
+    }
+
+    /// Starts a disk.
+    ///
+    /// # Errors
+    /// When there is no such image, no place for the socket, or the server does not start.
+    pub fn disk(image: &Path) -> anyhow::Result<Self> {
+        Self::serve(|_| Ok(disk::server(&disk::Options::new(image))?))
     }
 
     /// Starts a device of the test's own.

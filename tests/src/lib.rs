@@ -8,5 +8,6 @@ pub mod lab;
 pub mod migration_contract;
 pub mod outrigger;
 pub mod skipped;
+pub mod tapped_socket;
 pub mod tiny;
 pub mod truncator;

@@ -1,36 +1,16 @@
-//! `make bench`: how long Outrigger takes to start and what it costs, beside its peers where they are given.
-//!
-//! Every program boots the same tiny guest, which sends one character to its serial port and then waits. The programs
-//! take turns, so that what else goes on in the machine disturbs all alike.
+//! How long a start takes, and what the program then takes of the machine.
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::io::Read;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use anyhow::{Context, bail};
-use clap::Parser;
+use anyhow::Context;
 use tempfile::NamedTempFile;
 use tests::tiny;
 
-/// Measures start-up and memory.
-#[derive(Debug, Parser)]
-struct Arguments {
-    /// The release build of outrigger
-    #[arg(long)]
-    outrigger: PathBuf,
-    /// A cloud-hypervisor to compare with
-    #[arg(long)]
-    cloud_hypervisor: Option<PathBuf>,
-    /// A qemu-system-x86_64 to compare with
-    #[arg(long)]
-    qemu: Option<PathBuf>,
-    /// How often each program is started
-    #[arg(long, default_value_t = 50)]
-    runs: usize,
-}
+use crate::program::Running;
+use crate::{Arguments, percentile};
 
 /// What one run of a program showed.
 #[derive(Debug, Clone, Copy)]
@@ -43,19 +23,19 @@ struct Figures {
     fds: usize,
 }
 
-fn main() -> anyhow::Result<()> {
-    let arguments = Arguments::parse();
+/// Every program boots the same guest, which sends one character to its serial port and then waits.
+pub(crate) fn measure(arguments: &Arguments) -> anyhow::Result<()> {
     let kernel = tiny::guest(|code| {
         code.print(b'x')?;
         code.halt()
     })?;
     let image = NamedTempFile::new()?;
     image.as_file().set_len(1 << 30)?;
-    let programs = programs(&arguments, kernel.path(), image.path());
+    let programs = programs(arguments, kernel.path(), image.path());
     let mut results: BTreeMap<&str, Vec<Figures>> = BTreeMap::new();
     for _ in 0..arguments.runs {
         for (name, command) in &programs {
-            let figures = measure(command).with_context(|| format!("cannot measure {name}"))?;
+            let figures = run(command).with_context(|| format!("cannot measure {name}"))?;
             results.entry(*name).or_default().push(figures);
         }
     }
@@ -69,9 +49,10 @@ fn main() -> anyhow::Result<()> {
     );
     for (name, _) in &programs {
         let runs = results.remove(name).unwrap_or_default();
+        let values = |of: fn(&Figures) -> f64| runs.iter().map(of).collect();
         let [low, middle, high] = [10, 50, 90]
-            .map(|percent| percentile(&runs, percent, |run| run.start.as_secs_f64() * 1e3));
-        let median = |of: fn(&Figures) -> f64| percentile(&runs, 50, of);
+            .map(|percent| percentile(values(|run| run.start.as_secs_f64() * 1e3), percent));
+        let median = |of| percentile(values(of), 50);
         println!(
             "{name:18} {middle:12.2} {:>14} {:9.2} {:9.2} {:8} {:5}",
             format!("{low:.2}..{high:.2}"),
@@ -128,29 +109,10 @@ fn programs(
 }
 
 /// Starts a program, waits for its guest's first character, and looks at what it takes.
-fn measure(command: &[PathBuf]) -> anyhow::Result<Figures> {
-    let (program, arguments) = command.split_first().context("no program")?;
-    let started = Instant::now();
-    let mut child = Running(
-        Command::new(program)
-            .args(arguments)
-            .stdin(Stdio::null())
-            .stdout(Stdio::piped())
-            .stderr(Stdio::null())
-            .spawn()?,
-    );
-    let mut output = child.0.stdout.take().context("no output")?;
-    let mut byte = [0];
-    loop {
-        if output.read(&mut byte)? == 0 {
-            bail!("the guest said nothing");
-        }
-        if byte == *b"x" {
-            break;
-        }
-    }
-    let start = started.elapsed();
-    let process = PathBuf::from(format!("/proc/{}", child.0.id()));
+fn run(command: &[PathBuf]) -> anyhow::Result<Figures> {
+    let mut program = Running::start(command)?;
+    let start = program.wait_for(b'x', None)? - program.started;
+    let process = program.folder();
     let (rss, pss) = memory(&fs::read_to_string(process.join("smaps"))?);
     let count = |folder| fs::read_dir(process.join(folder)).map(Iterator::count);
     Ok(Figures {
@@ -160,17 +122,6 @@ fn measure(command: &[PathBuf]) -> anyhow::Result<Figures> {
         threads: count("task")?,
         fds: count("fd")?,
     })
-}
-
-/// A process that does not outlive its measurement.
-struct Running(Child);
-
-impl Drop for Running {
-    fn drop(&mut self) {
-        // One that has ended already cannot be killed.
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
 }
 
 /// Resident and proportional memory in KiB, without the mapping of guest RAM: the one that is as large as it.
@@ -194,11 +145,4 @@ fn memory(smaps: &str) -> (u64, u64) {
         }
     }
     (rss, pss)
-}
-
-fn percentile(runs: &[Figures], percent: usize, of: impl Fn(&Figures) -> f64) -> f64 {
-    let mut values: Vec<_> = runs.iter().map(of).collect();
-    values.sort_by(f64::total_cmp);
-    let index = values.len().saturating_sub(1) * percent / 100;
-    values.get(index).copied().unwrap_or(f64::NAN)
 }

@@ -2,6 +2,9 @@
 //!
 //! They run in 32-bit protected mode without paging, and on any KVM, one that only emulates included.
 
+pub mod disk;
+mod virtio;
+
 use std::io::Write;
 use std::ops::{Deref, DerefMut};
 
@@ -194,11 +197,17 @@ impl Code {
 
     /// What follows handles interrupts of this vector, up to [`Code::end_handler`]; it may use EAX and EDX.
     pub fn begin_handler(&mut self, vector: u8) -> Result<(), IcedError> {
+        self.handler(vector)?;
+        self.push(eax)?;
+        self.push(edx)
+    }
+
+    /// What follows is where interrupts of this vector go.
+    fn handler(&mut self, vector: u8) -> Result<(), IcedError> {
         let mut handler = self.create_label();
         self.set_label(&mut handler)?;
         self.handlers.push((vector, handler));
-        self.push(eax)?;
-        self.push(edx)
+        Ok(())
     }
 
     /// Ends a handler. (KVM's emulator knows no IRET in protected mode: the flags are restored, and the code segment,

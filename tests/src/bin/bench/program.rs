@@ -1,0 +1,145 @@
+//! A program while it is measured.
+
+use std::fs;
+use std::io::Read;
+use std::path::{Path, PathBuf};
+use std::process::{Child, ChildStdout, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, bail};
+
+/// A process that does not outlive its measurement.
+pub(crate) struct Running {
+    child: Child,
+    output: ChildStdout,
+    pub(crate) started: Instant,
+}
+
+impl Running {
+    /// Starts a program with its arguments.
+    pub(crate) fn start(command: &[PathBuf]) -> anyhow::Result<Self> {
+        let (program, arguments) = command.split_first().context("no program")?;
+        let started = Instant::now();
+        let mut child = Command::new(program)
+            .args(arguments)
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::null())
+            .spawn()?;
+        let output = child.stdout.take().context("no output")?;
+        Ok(Self {
+            child,
+            output,
+            started,
+        })
+    }
+
+    /// Waits until the guest has sent a character, and returns when that was.
+    pub(crate) fn wait_for(
+        &mut self,
+        character: u8,
+        failure: Option<u8>,
+    ) -> anyhow::Result<Instant> {
+        let mut byte = [0];
+        loop {
+            if self.output.read(&mut byte)? == 0 {
+                bail!("the guest ended without {:?}", char::from(character));
+            }
+            if byte == [character] {
+                return Ok(Instant::now());
+            }
+            if failure.is_some_and(|failure| byte == [failure]) {
+                bail!("the guest found something wrong");
+            }
+        }
+    }
+
+    /// Its folder in /proc.
+    pub(crate) fn folder(&self) -> PathBuf {
+        PathBuf::from(format!("/proc/{}", self.child.id()))
+    }
+
+    /// The CPU time that it and its children have taken.
+    pub(crate) fn cpu_time(&self) -> anyhow::Result<CpuTime> {
+        let mut sum = CpuTime::default();
+        for process in processes(self.child.id())? {
+            let folder = PathBuf::from(format!("/proc/{process}"));
+            sum.all += Stat::read(&folder)?.cpu_time;
+            for task in fs::read_dir(folder.join("task"))? {
+                // One that has just ended is no vCPU.
+                let stat = Stat::read(&task?.path()).unwrap_or_default();
+                if VCPUS.iter().any(|name| stat.name.starts_with(name)) {
+                    sum.vcpu += stat.cpu_time;
+                }
+            }
+        }
+        Ok(sum)
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        // One that has ended already cannot be killed.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// CPU time, in user mode and in the kernel together.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct CpuTime {
+    pub(crate) all: Duration,
+    /// Of it, that of the thread which runs the guest.
+    pub(crate) vcpu: Duration,
+}
+
+/// What the threads that run guests are called, in Outrigger and in QEMU.
+const VCPUS: [&str; 2] = ["vcpu", "CPU "];
+
+/// A process and its descendants.
+fn processes(root: u32) -> anyhow::Result<Vec<u32>> {
+    let mut parents: Vec<(u32, u32)> = Vec::new();
+    for entry in fs::read_dir("/proc")? {
+        let name = entry?.file_name();
+        if let Some(pid) = name.to_str().and_then(|name| name.parse().ok()) {
+            let stat = Stat::read(&Path::new("/proc").join(name)).unwrap_or_default();
+            parents.push((pid, stat.parent));
+        }
+    }
+    let mut found = vec![root];
+    let mut next = 0;
+    while let Some(process) = found.get(next).copied() {
+        let children = parents.iter().filter(|(_, parent)| *parent == process);
+        found.extend(children.map(|(child, _)| *child));
+        next += 1;
+    }
+    Ok(found)
+}
+
+/// What there is to know of a process or of a thread (proc_pid_stat(5)).
+#[derive(Debug, Default)]
+struct Stat {
+    name: String,
+    parent: u32,
+    cpu_time: Duration,
+}
+
+impl Stat {
+    fn read(folder: &Path) -> anyhow::Result<Self> {
+        /// Ticks in a second, which is the same on all of today's machines: `USER_HZ`.
+        const HZ: u32 = 100;
+        let text = fs::read_to_string(folder.join("stat"))?;
+        let (head, fields) = text.rsplit_once(") ").context("a strange stat")?;
+        let (_, name) = head.split_once('(').context("a strange stat")?;
+        let fields: Vec<_> = fields.split(' ').collect();
+        let number = |field: usize| -> anyhow::Result<u32> {
+            let text = fields.get(field - 3).context("a short stat")?;
+            Ok(text.parse()?)
+        };
+        Ok(Self {
+            name: name.to_owned(),
+            parent: number(4)?,
+            cpu_time: Duration::from_secs(1) * (number(14)? + number(15)?) / HZ,
+        })
+    }
+}
