@@ -5,6 +5,7 @@ SHELL := bash
 
 # How long the lab may take, in seconds.
 LAB_DEADLINE ?= 2400
+SOAK_DEADLINE ?= 7200
 
 CARGO ?= cargo
 SKIPPED := $(CURDIR)/target/skipped-tests
@@ -12,7 +13,7 @@ RELEASE := target/release
 QEMU ?= $(shell command -v qemu-system-x86_64)
 PROGRAMS := --package vmm --bin outrigger --package tests --bin lab-cases --bin bench
 
-.PHONY: help demo test test-iommufd unit lab vf peer setup programs bench lint clean
+.PHONY: help demo test test-iommufd unit lab soak vf peer setup programs bench lint clean
 
 help: ## Shows this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' $(MAKEFILE_LIST)
@@ -41,7 +42,10 @@ ifndef CASES
 	@LAB_PARAMETERS=intel_iommu=off tests/lab/run.sh 120 $(RELEASE)/lab-cases no-iommu
 	@LAB_PARAMETERS=nointremap tests/lab/run.sh 120 $(RELEASE)/lab-cases no-remapping
 endif
-	@tests/lab/run.sh $(LAB_DEADLINE) $(RELEASE)/lab-cases $(CASES)
+	@tests/lab/run.sh $(LAB_DEADLINE) $(RELEASE)/lab-cases $(if $(SEED),--seed $(SEED)) $(CASES)
+
+soak: programs ## Kills servers of disks at random moments while guests write; COUNT= how many, SEED= repeats a run
+	@tests/lab/run.sh $(SOAK_DEADLINE) $(RELEASE)/lab-cases --soak $(or $(COUNT),200) --seed $(or $(SEED),$$(date +%s))
 
 vf: programs ## Gives a guest a virtual function of a network card, in a lab that QEMU 11.1 runs
 	@if tests/lab/qemu-peer.sh; then \

@@ -15,6 +15,7 @@ packages=(
     cpio            # packs them
     kmod            # depmod, modprobe
     xz-utils zstd   # kernel modules and kernels come compressed
+    iproute2        # makes taps
     make gcc        # build a kernel module, with programs of Debian's that need
     libelf1 libssl3 # these libraries
 )
@@ -91,7 +92,7 @@ guest_program() {
 guest_image() {
     local image=$lab/images/initramfs-$1.cpio program=$lab/cargo/release/guest
     [ "$program" -nt "$image" ] || [ "$here/guest-init" -nt "$image" ] || [ "$here/setup.sh" -nt "$image" ] || return 0
-    stage "$image.tree" "$here/guest-init" "$lab/kernels/$1" uio_pci_generic button evdev "${@:2}"
+    stage "$image.tree" "$here/guest-init" "$lab/kernels/$1" uio_pci_generic button evdev virtio_pci virtio_blk virtio_net "${@:2}"
     cp "$program" "$image.tree/bin/guest"
     pack "$image.tree" "$image"
 }

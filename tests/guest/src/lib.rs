@@ -1,6 +1,11 @@
 //! The demo device as its driver knows it. The server documents the registers: `device_servers::demo`. The foreign device
 //! (`tests::foreign`) has some of them.
-#![forbid(unsafe_code)]
+//!
+//! Besides, what tests and their guests agree upon: what is written to disks, and sent over networks.
+
+pub mod ledger;
+pub mod offload;
+pub mod stream;
 
 use core::ops::Range;
 

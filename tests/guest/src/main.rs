@@ -5,7 +5,8 @@
 //! * the same for devices that the host has given to the guest, with the device's address for `N`;
 //! * `GUEST DONE`, the last line.
 //!
-//! With the argument `work` it does what [`work`] says instead.
+//! With the argument `work` it does what [`work`] says instead; with `disks`, `cards` and `counted`, what the modules
+//! of these names in [`virtio`] say.
 //!
 //! `outrigger.checks=a,b` on the kernel command line selects checks; without it all of them run.
 
@@ -15,6 +16,7 @@ mod interrupts;
 mod mapping;
 mod passthrough;
 mod pci;
+mod virtio;
 mod work;
 
 use std::{env, fs};
@@ -24,8 +26,12 @@ use anyhow::Result;
 use crate::pci::Device;
 
 fn main() -> Result<()> {
-    if env::args().nth(1).as_deref() == Some("work") {
-        return work::until_button();
+    match env::args().nth(1).as_deref() {
+        Some("work") => return work::until_button(),
+        Some("disks") => return virtio::disks::until_button(),
+        Some("cards") => return virtio::cards::until_button(),
+        Some("counted") => return virtio::counted::all(),
+        _ => {}
     }
     facts()?;
     let selected = parameter("outrigger.checks")?;
@@ -45,7 +51,8 @@ fn main() -> Result<()> {
             }
         }
     }
-    passthrough::run(selected)?;
+    passthrough::run(passthrough::ALL, selected)?;
+    virtio::run(selected)?;
     println!("GUEST DONE");
     Ok(())
 }

@@ -74,7 +74,7 @@ pub(crate) fn until_button() -> Result<()> {
 }
 
 /// Says when the power button is pressed, which is the first input device.
-fn button() -> Result<mpsc::Receiver<()>> {
+pub(crate) fn button() -> Result<mpsc::Receiver<()>> {
     let mut input = File::open("/dev/input/event0")?;
     let (sender, pressed) = mpsc::channel();
     thread::spawn(move || {

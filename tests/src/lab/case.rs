@@ -65,10 +65,11 @@ pub struct Case<'a> {
     programs: PathBuf,
     devices: Vec<Process>,
     started: Cell<usize>,
+    seed: u64,
 }
 
 impl<'a> Case<'a> {
-    pub(super) fn new(name: &'a str, images: &'a Images) -> Result<Self> {
+    pub(super) fn new(name: &'a str, images: &'a Images, seed: u64) -> Result<Self> {
         let programs = env::current_exe()?;
         let programs = programs.parent().context("this program is nowhere")?;
         Ok(Self {
@@ -78,12 +79,18 @@ impl<'a> Case<'a> {
             programs: programs.to_owned(),
             devices: Vec::new(),
             started: Cell::new(0),
+            seed,
         })
     }
 
     /// A path in a folder that ends with the case.
     pub fn path(&self, name: &str) -> PathBuf {
         self.folder.path().join(name)
+    }
+
+    /// What all that the case does by chance is to follow from.
+    pub fn seed(&self) -> u64 {
+        self.seed
     }
 
     /// The kernels and initramfs images.

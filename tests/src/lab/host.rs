@@ -202,11 +202,18 @@ fn interface(driver: &str) -> Option<String> {
 }
 
 /// Loads a module with what it needs.
-fn load(module: &str) -> Result<()> {
+///
+/// # Errors
+/// When there is none.
+pub fn load(module: &str) -> Result<()> {
     run("modprobe", &["-a", module])
 }
 
-fn run(program: &str, words: &[&str]) -> Result<()> {
+/// Runs a program that is to succeed.
+///
+/// # Errors
+/// When it does not.
+pub fn run(program: &str, words: &[&str]) -> Result<()> {
     let output = Command::new(program).args(words).output()?;
     ensure!(
         output.status.success(),

@@ -8,12 +8,16 @@ mod kernel_log;
 mod monitor;
 mod process;
 mod report;
+mod servers;
 mod suite;
+mod tap;
 
 pub use self::case::{BOOT, Case, Images, NOBODY, SOON, user_device};
 pub use self::counters::{Counters, Trips};
-pub use self::host::{HostDevice, Mtty, join_wire};
+pub use self::host::{HostDevice, Mtty, join_wire, load, run};
 pub use self::monitor::Monitor;
 pub use self::process::{Exit, Line, Process, Stream};
 pub use self::report::Report;
+pub use self::servers::Server;
 pub use self::suite::Suite;
+pub use self::tap::{Peer, Tap};

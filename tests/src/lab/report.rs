@@ -18,7 +18,18 @@ impl Report {
     /// # Errors
     /// When it does not.
     pub fn wait(guest: &mut Process, patience: Duration) -> Result<Self> {
-        let first = guest.wait_for("FACT kernel", patience)?;
+        guest.wait_for("FACT kernel", patience)?;
+        Self::rest(guest, patience)
+    }
+
+    /// Waits until a guest that has begun has reported everything: the line with its kernel has been waited for.
+    ///
+    /// # Errors
+    /// When it does not.
+    pub fn rest(guest: &mut Process, patience: Duration) -> Result<Self> {
+        let is_first = |line: &&Line| line.text.contains("FACT kernel");
+        let first = guest.lines().iter().rfind(is_first);
+        let first = first.context("it has not begun")?.clone();
         let last = guest.wait_for("GUEST DONE", patience)?;
         let lines = guest.lines().iter();
         let lines = lines.filter(|line| (first.at..=last.at).contains(&line.at));

@@ -15,17 +15,20 @@ use super::{Case, Images};
 pub struct Suite {
     images: Images,
     selection: Vec<String>,
+    seed: u64,
     passed: u32,
     failed: u32,
     skipped: u32,
 }
 
 impl Suite {
-    /// A suite that runs those cases whose name contains one of `selection`; all of them when that is empty.
-    pub fn new(images: Images, selection: Vec<String>) -> Self {
+    /// A suite that runs those cases whose name contains one of `selection`; all of them when that is empty. What they do
+    /// by chance follows from `seed`.
+    pub fn new(images: Images, selection: Vec<String>, seed: u64) -> Self {
         Self {
             images,
             selection,
+            seed,
             passed: 0,
             failed: 0,
             skipped: 0,
@@ -33,7 +36,7 @@ impl Suite {
     }
 
     /// Runs a case and prints how it went.
-    pub fn run(&mut self, name: &str, case: fn(&mut Case<'_>) -> Result<()>) {
+    pub fn run(&mut self, name: &str, case: impl FnOnce(&mut Case<'_>) -> Result<()>) {
         if !self.selection.is_empty() && !self.selection.iter().any(|part| name.contains(part)) {
             self.skipped += 1;
             return;
@@ -47,16 +50,16 @@ impl Suite {
             }
             Err(error) => {
                 self.failed += 1;
-                println!("FAILED {name}: {error:#}");
+                println!("FAILED {name} (seed {}): {error:#}", self.seed);
                 self.show_logs(name);
             }
         }
     }
 
     /// Runs a case, during which the lab's kernel may not complain.
-    fn try_run(&self, name: &str, case: fn(&mut Case<'_>) -> Result<()>) -> Result<()> {
+    fn try_run(&self, name: &str, case: impl FnOnce(&mut Case<'_>) -> Result<()>) -> Result<()> {
         let log = KernelLog::from_now()?;
-        case(&mut Case::new(name, &self.images)?)?;
+        case(&mut Case::new(name, &self.images, self.seed)?)?;
         log.has_no_complaints()
     }
 

@@ -15,7 +15,7 @@ use anyhow::{Context, Result, ensure};
 use crate::pci::Device;
 
 /// Something to find out about devices with these ids.
-struct Check {
+pub(crate) struct Check {
     name: &'static str,
     ids: (u16, u16),
     run: fn(&Device) -> Result<()>,
@@ -28,7 +28,7 @@ const IGBVF: (u16, u16) = (0x8086, 0x10ca);
 const MTTY: (u16, u16) = (0x4348, 0x3253);
 
 /// Every check, in the order in which they run.
-const ALL: &[Check] = &[
+pub(crate) const ALL: &[Check] = &[
     check("edu", EDU, edu::registers),
     check("edu-dma", EDU, edu::dma),
     check("edu-msi", EDU, edu::msi),
@@ -46,13 +46,17 @@ const ALL: &[Check] = &[
     check("mtty-loop", MTTY, uart::echo),
 ];
 
-const fn check(name: &'static str, ids: (u16, u16), run: fn(&Device) -> Result<()>) -> Check {
+pub(crate) const fn check(
+    name: &'static str,
+    ids: (u16, u16),
+    run: fn(&Device) -> Result<()>,
+) -> Check {
     Check { name, ids, run }
 }
 
-/// Runs the selected checks on each device that they are for.
-pub(crate) fn run(selected: impl Fn(&str) -> bool) -> Result<()> {
-    for check in ALL.iter().filter(|check| selected(check.name)) {
+/// Runs those of the checks that are selected on each device that they are for.
+pub(crate) fn run(checks: &[Check], selected: impl Fn(&str) -> bool) -> Result<()> {
+    for check in checks.iter().filter(|check| selected(check.name)) {
         for device in Device::with_ids(check.ids)? {
             match (check.run)(&device) {
                 Ok(()) => println!("RESULT {}.{} ok", device.name, check.name),
@@ -64,7 +68,7 @@ pub(crate) fn run(selected: impl Fn(&str) -> bool) -> Result<()> {
 }
 
 /// Runs a program of busybox.
-fn busybox(words: &[&str]) -> Result<()> {
+pub(crate) fn busybox(words: &[&str]) -> Result<()> {
     let output = Command::new("busybox").args(words).output()?;
     ensure!(
         output.status.success(),
@@ -77,7 +81,7 @@ fn busybox(words: &[&str]) -> Result<()> {
 
 /// The interrupts that a driver has asked for under a name that begins with `name`: the kind of each, and how often it
 /// came.
-fn interrupts(name: &str) -> Result<Vec<(String, u64)>> {
+pub(crate) fn interrupts(name: &str) -> Result<Vec<(String, u64)>> {
     let text = fs::read_to_string("/proc/interrupts")?;
     let lines = text.lines().map(|line| line.split_whitespace().skip(1));
     let ours = lines.filter(|words| words.clone().any(|word| word.starts_with(name)));

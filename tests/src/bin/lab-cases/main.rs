@@ -3,8 +3,11 @@
 mod at_work;
 mod backend;
 mod boot;
+mod card;
+mod disk;
 mod endings;
 mod iommufd;
+mod ledgers;
 mod no_kvm;
 mod passthrough;
 mod refusals;
@@ -28,13 +31,25 @@ struct Options {
     #[arg(long, default_value = "target/lab")]
     lab: PathBuf,
 
+    /// What cases do by chance follows from this number
+    #[arg(long, default_value_t = 1)]
+    seed: u64,
+
+    /// Kill this many servers of disks, and run nothing else
+    #[arg(long)]
+    soak: Option<usize>,
+
     /// Run only cases with one of these texts in their name
     names: Vec<String>,
 }
 
 fn main() -> ExitCode {
     let options = Options::parse();
-    let mut suite = Suite::new(Images::new(options.lab), options.names);
+    let mut suite = Suite::new(Images::new(options.lab), options.names, options.seed);
+    if let Some(kills) = options.soak {
+        suite.run("soak-disks", |case| disk::soak(case, kills));
+        return suite.close();
+    }
     suite.run("no-kvm", no_kvm::refused);
     suite.run("vfio-there-and-back", vfio_command::there_and_back);
     suite.run("vfio-shared-group", vfio_command::shared_group);
@@ -67,6 +82,8 @@ fn main() -> ExitCode {
     suite.run("passthrough-all", passthrough::all_kinds);
     suite.run("passthrough-group", passthrough::shared_group);
     suite.run("passthrough-lost", at_work::lost);
+    suite.run("disks", disk::all);
+    suite.run("cards", card::all);
     // Debian's kernels have none: see `make test-iommufd`.
     if iommufd::is_there() {
         suite.run("iommufd-contract", backend::contract_by_iommufd);
