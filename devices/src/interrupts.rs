@@ -18,6 +18,11 @@ pub trait InterruptSource: Send + Sync + fmt::Debug {
 pub trait EventVectors: Vectors {
     /// The event that sends this vector's message.
     fn event(&self, vector: u16) -> Result<BorrowedFd<'_>, Cause>;
+
+    /// Takes all vectors off the interrupt controllers, or, if `connected`, connects them again, as they are at first.
+    /// Meanwhile every vector is [pending](Vectors::pending) that is signalled, and is sent once when it is connected
+    /// again.
+    fn set_connected(&self, connected: bool) -> Result<(), Cause>;
 }
 
 /// A level-triggered interrupt line: signalled, it stays asserted until the guest has served the interrupt.
@@ -27,4 +32,8 @@ pub trait InterruptLine: Send + Sync + fmt::Debug {
 
     /// What is signalled when the guest has served the interrupt, and the line is down again.
     fn resample(&self) -> BorrowedFd<'_>;
+
+    /// Takes the line off the interrupt controllers, where it goes down, or, if `connected`, connects it again, as it is
+    /// at first. If it was signalled meanwhile, it is asserted then; whether it was asserted before is forgotten.
+    fn set_connected(&self, connected: bool) -> Result<(), Cause>;
 }

@@ -22,7 +22,10 @@ pub use dma::{DmaTarget, Mapping};
 pub use i8042::I8042;
 pub use interrupts::{EventVectors, InterruptLine, InterruptSource};
 pub use migration::{Chunk, Fallback, Left, Migration, Next, TransitionError, transition};
-pub use passthrough::{BarLayout, Passthrough, Probe, ProbeError};
+pub use passthrough::{
+    BarFingerprint, BarLayout, ConfigState, Difference, DoorbellFingerprint, EndpointState,
+    Fingerprint, Mismatch, Passthrough, Probe, ProbeError, RestoreError, RungDoorbell, SaveError,
+};
 pub use remote::Remote;
 pub use serial::Serial;
 pub use vfio_user_client::{DeviceState, MigrationFlags};

@@ -7,6 +7,7 @@ use thiserror::Error;
 use crate::endpoint::BarIndex;
 use crate::header::{self, Command};
 use crate::register::{self, Register};
+use crate::state::{BarsState, StateError};
 
 /// What space a BAR is in, and how wide its address is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -27,7 +28,7 @@ pub enum BarKind {
 
 impl BarKind {
     /// The read-only bits at the bottom of the register: 3:0 for memory, 1:0 for I/O.
-    const fn type_bits(self) -> u32 {
+    pub const fn type_bits(self) -> u32 {
         match self {
             Self::Io => 0b0001,
             Self::Memory32 { prefetchable } => (prefetchable as u32) << 3,
@@ -292,6 +293,30 @@ impl Bars {
         for (register, half) in registers.zip([low, high]) {
             register.write(half);
         }
+    }
+
+    /// What is to be saved of them.
+    pub fn save(&self) -> BarsState {
+        BarsState {
+            registers: self.registers.map(|register| register.value),
+            rom: self.rom_register.value,
+        }
+    }
+
+    /// The same BARs where saved ones are.
+    pub fn restored(&self, state: &BarsState) -> Result<Self, StateError> {
+        let mut bars = self.clone();
+        let registers = bars.registers.iter_mut().zip(state.registers).enumerate();
+        for (index, (register, value)) in registers {
+            *register = register
+                .restored(value)
+                .ok_or_else(|| StateError::impossible("base address registers", index, value))?;
+        }
+        bars.rom_register = bars.rom_register.restored(state.rom).ok_or_else(|| {
+            let rom = BarIndex::ROM.index();
+            StateError::impossible("base address registers", rom, state.rom)
+        })?;
+        Ok(bars)
     }
 
     /// What this BAR is, if there is one.

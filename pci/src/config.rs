@@ -2,6 +2,8 @@
 
 use std::fmt;
 
+use crate::state::{ByteState, ConfigSpaceState, StateError};
+
 /// The shadow of a function's configuration space: 4096 bytes (7.2), each with the bits that the guest can write and
 /// those it clears by writing a one.
 ///
@@ -17,6 +19,13 @@ struct Byte {
     value: u8,
     writable: u8,
     clearable: u8,
+}
+
+impl Byte {
+    /// Whether the guest can change it.
+    fn changes(&self) -> bool {
+        self.writable | self.clearable != 0
+    }
 }
 
 impl ConfigSpace {
@@ -66,6 +75,51 @@ impl ConfigSpace {
         for (byte, &mask) in self.tail_mut(offset).zip(mask) {
             byte.clearable = mask;
         }
+    }
+
+    /// What is to be saved of it.
+    pub fn save(&self) -> ConfigSpaceState {
+        let bytes = (0..).zip(&self.bytes).filter(|(_, byte)| byte.changes());
+        let saved = |(offset, byte): (u16, &Byte)| ByteState {
+            offset,
+            value: byte.value,
+        };
+        ConfigSpaceState {
+            bytes: bytes.map(saved).collect(),
+        }
+    }
+
+    /// The same space with the registers of a saved one.
+    pub fn restored(&self, state: &ConfigSpaceState) -> Result<Self, StateError> {
+        let here = self.bytes.iter().filter(|byte| byte.changes()).count();
+        if state.bytes.len() != here {
+            return Err(StateError::Count {
+                what: "bytes of configuration space that the guest can write",
+                saved: state.bytes.len(),
+                here,
+            });
+        }
+        let mut space = self.clone();
+        let mut next = 0;
+        for &ByteState { offset, value } in &state.bytes {
+            // In order, so that none is there twice.
+            let byte = space.bytes.get_mut(usize::from(offset));
+            let byte = byte.filter(|byte| byte.changes() && offset >= next);
+            let byte = byte.ok_or(StateError::Unexpected { offset })?;
+            if (byte.value ^ value) & !(byte.writable | byte.clearable) != 0 {
+                let what = "bytes of configuration space";
+                return Err(StateError::impossible(what, offset.into(), value.into()));
+            }
+            byte.value = value;
+            next = offset + 1;
+        }
+        Ok(space)
+    }
+
+    /// The bits of the byte at `offset` that a guest can change.
+    pub fn writable(&self, offset: u16) -> u8 {
+        let byte = self.tail(offset).next();
+        byte.map_or(0, |byte| byte.writable | byte.clearable)
     }
 
     /// The byte at `offset`.

@@ -4,6 +4,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::address::Bdf;
 use crate::bus::Segment;
+use crate::state::StateError;
 
 /// The eight ports from 0xcf8: CONFIG_ADDRESS names a dword of the first 256 bytes of some function's configuration
 /// space, and CONFIG_DATA accesses it.
@@ -32,6 +33,20 @@ impl ConfigPorts {
             segment,
             address: Mutex::new(0),
         }
+    }
+
+    /// What CONFIG_ADDRESS reads, to be saved.
+    pub fn save(&self) -> u32 {
+        *self.address()
+    }
+
+    /// Sets CONFIG_ADDRESS to what was saved.
+    pub fn restore(&self, address: u32) -> Result<(), StateError> {
+        if address & !IMPLEMENTED != 0 {
+            return Err(StateError::impossible("CONFIG_ADDRESS", 0, address));
+        }
+        *self.address() = address;
+        Ok(())
     }
 
     /// Reads at port 0xcf8 + `offset`.

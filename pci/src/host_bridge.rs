@@ -1,10 +1,11 @@
 //! The host bridge as a function on its own bus.
 
-use std::sync::{PoisonError, RwLock};
+use std::sync::{PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use crate::config::ConfigSpace;
 use crate::endpoint::{BarIndex, Cause, Endpoint};
 use crate::header::{self, Command};
+use crate::state::{ConfigSpaceState, StateError};
 
 /// Red Hat.
 const VENDOR: u16 = 0x1b36;
@@ -25,6 +26,25 @@ impl HostBridge {
         Self {
             config: RwLock::new(after_reset()),
         }
+    }
+
+    /// What is to be saved of it.
+    pub fn save(&self) -> ConfigSpaceState {
+        self.read().save()
+    }
+
+    /// Gives it the registers of a saved one.
+    pub fn restore(&self, state: &ConfigSpaceState) -> Result<(), StateError> {
+        *self.write() = after_reset().restored(state)?;
+        Ok(())
+    }
+
+    fn read(&self) -> RwLockReadGuard<'_, ConfigSpace> {
+        self.config.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn write(&self) -> RwLockWriteGuard<'_, ConfigSpace> {
+        self.config.write().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -50,17 +70,11 @@ impl Default for HostBridge {
 
 impl Endpoint for HostBridge {
     fn config_read(&self, offset: u16, data: &mut [u8]) {
-        self.config
-            .read()
-            .unwrap_or_else(PoisonError::into_inner)
-            .read(offset, data);
+        self.read().read(offset, data);
     }
 
     fn config_write(&self, offset: u16, data: &[u8]) {
-        self.config
-            .write()
-            .unwrap_or_else(PoisonError::into_inner)
-            .write(offset, data);
+        self.write().write(offset, data);
     }
 
     fn bar_read(&self, _bar: BarIndex, _offset: u64, data: &mut [u8]) {
@@ -70,7 +84,7 @@ impl Endpoint for HostBridge {
     fn bar_write(&self, _bar: BarIndex, _offset: u64, _data: &[u8]) {}
 
     fn reset(&self) -> Result<(), Cause> {
-        *self.config.write().unwrap_or_else(PoisonError::into_inner) = after_reset();
+        *self.write() = after_reset();
         Ok(())
     }
 }

@@ -18,9 +18,11 @@ mod host_bridge;
 mod intx;
 mod msi;
 mod msix;
+mod path;
 #[cfg(test)]
 mod recorder;
 mod register;
+mod state;
 mod window;
 
 pub use address::Bdf;
@@ -39,4 +41,6 @@ pub use host_bridge::HostBridge;
 pub use intx::InterruptPin;
 pub use msi::{Msi, MsiMessage};
 pub use msix::{Msix, MsixError, MsixLayout};
+pub use path::{PathError, TreePath};
+pub use state::{BarsState, ByteState, ConfigSpaceState, MsiState, MsixState, StateError};
 pub use window::{BarAllocator, Window, WindowError, WindowKind, Windows};

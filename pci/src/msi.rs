@@ -3,6 +3,7 @@
 use std::array;
 
 use crate::register::{self, Register};
+use crate::state::{MsiState, StateError};
 
 /// What a message signalled interrupt writes, and where (PCI Local Bus 3.0, 6.8.1).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -121,6 +122,37 @@ impl Msi {
         let before = self.messages();
         *self = Self::new(self.control());
         self.changes_since(before)
+    }
+
+    /// What is to be saved of it.
+    pub fn save(&self) -> MsiState {
+        let [_, low, high, data, mask, _] = self.registers.map(|register| register.value);
+        MsiState {
+            control: self.control(),
+            address: u64::from(high) << 32 | u64::from(low),
+            data,
+            mask,
+        }
+    }
+
+    /// The same capability with what was saved of one.
+    pub fn restored(&self, state: &MsiState) -> Result<Self, StateError> {
+        let MsiState {
+            control,
+            address,
+            data,
+            mask,
+        } = *state;
+        let high = (address >> 32) as u32;
+        let low = (address & 0xffff_ffff) as u32;
+        let saved = [u32::from(control) << 16, low, high, data, mask];
+        let mut msi = self.clone();
+        for ((index, register), value) in (0..).zip(&mut msi.registers).zip(saved) {
+            *register = register
+                .restored(value)
+                .ok_or_else(|| StateError::impossible("registers of MSI", index, value))?;
+        }
+        Ok(msi)
     }
 
     fn messages(&self) -> [Option<MsiMessage>; MAX_VECTORS] {

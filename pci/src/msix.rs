@@ -9,6 +9,7 @@ use crate::config::ConfigSpace;
 use crate::endpoint::BarIndex;
 use crate::msi::MsiMessage;
 use crate::register::{self, Register};
+use crate::state::{MsixState, StateError};
 
 /// The size of a table entry in bytes.
 const ENTRY_SIZE: usize = 16;
@@ -238,6 +239,41 @@ impl Msix {
         let changes = self.set_control(0);
         self.table.fill(RESET_ENTRY);
         changes
+    }
+
+    /// What is to be saved of it.
+    pub fn save(&self) -> MsixState {
+        let entry = |entry: &[Register; 4]| entry.map(|register| register.value);
+        MsixState {
+            control: self.control,
+            table: self.table.iter().map(entry).collect(),
+        }
+    }
+
+    /// The same capability with what was saved of one.
+    pub fn restored(&self, state: &MsixState) -> Result<Self, StateError> {
+        let fixed = !(ENABLE | FUNCTION_MASK);
+        if (state.control ^ self.control) & fixed != 0 {
+            let control = state.control.into();
+            return Err(StateError::impossible("control of MSI-X", 0, control));
+        }
+        if state.table.len() != self.table.len() {
+            return Err(StateError::Count {
+                what: "entries of the MSI-X table",
+                saved: state.table.len(),
+                here: self.table.len(),
+            });
+        }
+        let mut msix = self.clone();
+        msix.control = state.control;
+        for (index, (entry, saved)) in msix.table.iter_mut().zip(&state.table).enumerate() {
+            for (register, &value) in entry.iter_mut().zip(saved) {
+                *register = register.restored(value).ok_or_else(|| {
+                    StateError::impossible("entries of the MSI-X table", index, value)
+                })?;
+            }
+        }
+        Ok(msix)
     }
 
     /// This vector, if there is one and it is masked while MSI-X is enabled.

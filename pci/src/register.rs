@@ -14,6 +14,12 @@ impl Register {
         Self { value, writable }
     }
 
+    /// The same register with a saved value, if it can read that.
+    pub(crate) fn restored(self, value: u32) -> Option<Self> {
+        let differ = self.value ^ value;
+        (differ & !self.writable == 0).then_some(Self { value, ..self })
+    }
+
     /// Writes the whole register.
     pub(crate) fn write(&mut self, value: u32) {
         self.write_bits(value, u32::MAX);

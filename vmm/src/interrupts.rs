@@ -5,6 +5,7 @@
 use std::collections::BTreeMap;
 use std::io;
 use std::os::fd::BorrowedFd;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use devices::{EventVectors, InterruptLine, InterruptSource};
@@ -114,6 +115,13 @@ impl Shared {
             .register_irqfd(event, gsi)
             .map_err(|source| InterruptError::Connect { gsi, source })
     }
+
+    /// When this returns, KVM has injected all that it has heard.
+    fn disconnect(&self, event: &EventFd, gsi: u32) -> Result<(), InterruptError> {
+        self.vm
+            .unregister_irqfd(event, gsi)
+            .map_err(|source| InterruptError::Connect { gsi, source })
+    }
 }
 
 /// A pin of the I/O APIC; the first sixteen are the 8259s' too, though no guest of ours uses them.
@@ -164,6 +172,20 @@ fn event() -> Result<EventFd, InterruptError> {
     EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK).map_err(InterruptError::Event)
 }
 
+/// Has KVM `connect` an event. It injects a signal that it finds there, but leaves it, and would inject it again the next
+/// time. So the signal is taken out first and given back afterwards.
+fn connect_once(
+    event: &EventFd,
+    connect: impl FnOnce() -> Result<(), InterruptError>,
+) -> Result<(), InterruptError> {
+    let signalled = event.read().is_ok();
+    let connected = connect();
+    if signalled {
+        event.write(1).map_err(InterruptError::Event)?;
+    }
+    connected
+}
+
 /// The interrupts of one function.
 #[derive(Debug)]
 pub(crate) struct DeviceInterrupts {
@@ -177,6 +199,7 @@ impl InterruptSource for DeviceInterrupts {
         Ok(Box::new(VectorGroup {
             shared: self.interrupts.shared.clone(),
             vectors,
+            connected: AtomicBool::new(true),
         }))
     }
 
@@ -188,11 +211,9 @@ impl InterruptSource for DeviceInterrupts {
             gsi,
             trigger: event()?,
             resample: event()?,
+            connected: Mutex::new(false),
         };
-        line.shared
-            .vm
-            .register_irqfd_with_resample(&line.trigger, &line.resample, gsi)
-            .map_err(|source| InterruptError::Connect { gsi, source })?;
+        line.connect(true)?;
         Ok(Box::new(line))
     }
 }
@@ -203,6 +224,8 @@ impl InterruptSource for DeviceInterrupts {
 struct VectorGroup {
     shared: Arc<Shared>,
     vectors: Box<[OnceLock<Vector>]>,
+    /// Whether vectors that are not masked are connected.
+    connected: AtomicBool,
 }
 
 #[derive(Debug)]
@@ -215,6 +238,8 @@ struct Vector {
 #[derive(Debug, Default)]
 struct Route {
     gsi: Option<u32>,
+    /// Whether its message is to be sent when it is signalled.
+    unmasked: bool,
     connected: bool,
 }
 
@@ -238,6 +263,10 @@ impl VectorGroup {
     fn known(&self, vector: u16) -> Option<&Vector> {
         self.vectors.get(usize::from(vector))?.get()
     }
+
+    fn all_known(&self) -> impl Iterator<Item = &Vector> {
+        self.vectors.iter().filter_map(OnceLock::get)
+    }
 }
 
 impl Vectors for VectorGroup {
@@ -253,9 +282,11 @@ impl Vectors for VectorGroup {
         if rerouted {
             self.shared.install(&messages)?;
         }
+        let connected = self.connected.load(Ordering::Acquire);
         for &(vector, message) in changes {
             if let Some(vector) = self.known(vector) {
-                vector.connect(&self.shared, message.is_some())?;
+                vector.route().unmasked = message.is_some();
+                vector.connect(&self.shared, connected)?;
             }
         }
         Ok(())
@@ -270,11 +301,19 @@ impl EventVectors for VectorGroup {
     fn event(&self, vector: u16) -> Result<BorrowedFd<'_>, Cause> {
         Ok(kvm_ext::borrow(&self.vector(vector)?.event))
     }
+
+    fn set_connected(&self, connected: bool) -> Result<(), Cause> {
+        self.connected.store(connected, Ordering::Release);
+        for vector in self.all_known() {
+            vector.connect(&self.shared, connected)?;
+        }
+        Ok(())
+    }
 }
 
 impl Drop for VectorGroup {
     fn drop(&mut self) {
-        for vector in self.vectors.iter().filter_map(OnceLock::get) {
+        for vector in self.all_known() {
             if let Err(error) = vector.connect(&self.shared, false) {
                 log::warn!("{error}");
             }
@@ -302,25 +341,17 @@ impl Vector {
         Ok(*route.gsi.insert(gsi))
     }
 
-    /// Connects the event to its GSI, or takes it off, if it is not so already: both are slow.
+    /// Connects the event to its GSI, unless it is masked, or takes it off, if it is not so already: both are slow.
     fn connect(&self, shared: &Shared, connect: bool) -> Result<(), InterruptError> {
         let mut route = self.route();
+        let connect = connect && route.unmasked;
         let Some(gsi) = route.gsi.filter(|_| route.connected != connect) else {
             return Ok(());
         };
         if connect {
-            // KVM injects a signal that it finds on connecting, but leaves it there, and would inject it again after
-            // the next mask and unmask. So it is taken out first and given back afterwards.
-            let signalled = self.event.read().is_ok();
-            shared.connect(&self.event, gsi)?;
-            if signalled {
-                self.event.write(1).map_err(InterruptError::Event)?;
-            }
+            connect_once(&self.event, || shared.connect(&self.event, gsi))?;
         } else {
-            shared
-                .vm
-                .unregister_irqfd(&self.event, gsi)
-                .map_err(|source| InterruptError::Connect { gsi, source })?;
+            shared.disconnect(&self.event, gsi)?;
         }
         route.connected = connect;
         Ok(())
@@ -340,6 +371,30 @@ struct Line {
     gsi: u32,
     trigger: EventFd,
     resample: EventFd,
+    connected: Mutex<bool>,
+}
+
+impl Line {
+    fn connect(&self, connect: bool) -> Result<(), InterruptError> {
+        let mut connected = self
+            .connected
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        let (shared, gsi) = (&self.shared, self.gsi);
+        if connect && !*connected {
+            connect_once(&self.trigger, || {
+                shared
+                    .vm
+                    .register_irqfd_with_resample(&self.trigger, &self.resample, gsi)
+                    .map_err(|source| InterruptError::Connect { gsi, source })
+            })?;
+        } else if !connect && *connected {
+            // The line goes down with its last event.
+            shared.disconnect(&self.trigger, gsi)?;
+        }
+        *connected = connect;
+        Ok(())
+    }
 }
 
 impl InterruptLine for Line {
@@ -350,11 +405,16 @@ impl InterruptLine for Line {
     fn resample(&self) -> BorrowedFd<'_> {
         kvm_ext::borrow(&self.resample)
     }
+
+    fn set_connected(&self, connected: bool) -> Result<(), Cause> {
+        Ok(self.connect(connected)?)
+    }
 }
 
 impl Drop for Line {
     fn drop(&mut self) {
-        // The line goes down with its last event. A line that never came to be connected cannot be disconnected.
-        let _ = self.shared.vm.unregister_irqfd(&self.trigger, self.gsi);
+        if let Err(error) = self.connect(false) {
+            log::warn!("{error}");
+        }
     }
 }

@@ -1,11 +1,13 @@
 //! The PCI host bridge: configuration space on both buses, and the devices behind it.
 
+mod save;
+
 use std::path::PathBuf;
 use std::sync::{Arc, Weak};
 use std::{io, thread};
 
 use devices::{Backend, BusDevice, Passthrough, Probe, Remote};
-use pci::{BarAllocator, Bdf, Cause, ConfigPorts, Ecam, Endpoint, HostBridge, Segment};
+use pci::{BarAllocator, Bdf, Cause, ConfigPorts, Ecam, Endpoint, HostBridge, Segment, TreePath};
 
 use crate::bars::{Bars, Space};
 use crate::config::UserDeviceConfig;
@@ -59,6 +61,8 @@ pub enum DeviceError {
 #[derive(Debug)]
 pub(crate) struct PciHost {
     segment: Arc<Segment>,
+    bridge: Arc<HostBridge>,
+    ports: Arc<ConfigPorts>,
     space: Arc<Space>,
     interrupts: Interrupts,
     allocator: BarAllocator,
@@ -73,16 +77,20 @@ impl PciHost {
 
     fn try_new(space: Space, interrupts: Interrupts) -> Result<Self, Cause> {
         let segment = Arc::new(Segment::new());
-        segment.insert(Bdf::from_bits(0), Arc::new(HostBridge::new()))?;
+        let bridge = Arc::new(HostBridge::new());
+        segment.insert(Bdf::from_bits(0), bridge.clone())?;
         let ecam = EcamDevice(Ecam::new(segment.clone(), layout::LAST_BUS));
         space.memory.insert(layout::ECAM, Arc::new(ecam))?;
-        let ports = ConfigPortsDevice(ConfigPorts::new(segment.clone()));
+        let ports = Arc::new(ConfigPorts::new(segment.clone()));
+        let device = ConfigPortsDevice(ports.clone());
         space
             .ports
-            .insert(layout::PCI_CONFIG_PORTS, Arc::new(ports))?;
+            .insert(layout::PCI_CONFIG_PORTS, Arc::new(device))?;
         let allocator = BarAllocator::new(&space.windows)?;
         Ok(Self {
             segment,
+            bridge,
+            ports,
             space: Arc::new(space),
             interrupts,
             allocator,
@@ -161,6 +169,7 @@ impl PciHost {
     ) -> Result<Arc<Passthrough>, Cause> {
         let device = self.segment.free_device(0).ok_or("the bus is full")?;
         let bdf = Bdf::new(0, device, 0).ok_or("the bus is full")?;
+        let path = TreePath::on_root_bus(bdf)?;
         let mut probe = Probe::new(backend, rom)?;
         let mut registers = probe.bars().clone();
         self.allocator.assign(&mut registers)?;
@@ -169,7 +178,7 @@ impl PciHost {
         let interrupts = Box::new(self.interrupts.of_device(device));
         let endpoint = Arc::new_cyclic(|endpoint: &Weak<Passthrough>| {
             let mapper = Box::new(bars.serve_by(endpoint.clone()));
-            Passthrough::new(id, probe, mapper, interrupts)
+            Passthrough::new(id, path, probe, mapper, interrupts)
         });
         // The device may have served another VM before; and this connects its interrupt pin.
         endpoint.reset()?;
@@ -228,7 +237,7 @@ impl BusDevice for EcamDevice {
 }
 
 #[derive(Debug)]
-struct ConfigPortsDevice(ConfigPorts);
+struct ConfigPortsDevice(Arc<ConfigPorts>);
 
 impl BusDevice for ConfigPortsDevice {
     fn read(&self, offset: u64, data: &mut [u8]) {

@@ -5,6 +5,7 @@
 //! the last resort. Whoever asked is told which of these it came to: after a reset the device runs, but is not any more
 //! what the guest thinks it is.
 
+use pci::Cause;
 use vfio_user_client::{ConnError, DeviceState};
 
 use super::Migration;
@@ -70,7 +71,7 @@ pub fn transition(
     device: &dyn Migration,
     target: DeviceState,
     fallback: Fallback,
-    reset: impl FnOnce() -> Result<(), BackendError>,
+    reset: impl FnOnce() -> Result<(), Cause>,
 ) -> Result<(), TransitionError> {
     let Err(source) = device.set_state(target) else {
         return Ok(());
@@ -90,7 +91,7 @@ pub fn transition(
 fn fall_back(
     device: &dyn Migration,
     fallback: Fallback,
-    reset: impl FnOnce() -> Result<(), BackendError>,
+    reset: impl FnOnce() -> Result<(), Cause>,
 ) -> Left {
     if let Fallback::State(state) = fallback
         && is_or_gets(device, state)
@@ -329,7 +330,7 @@ mod tests {
         assert_eq!((left, was_reset), (Left::Stuck, true));
 
         let device = Mock::new(Running, &[(Stop, Error)]);
-        let reset = || Err(Mock::error(false));
+        let reset = || Err("it does not reset".into());
         let failed = transition(&device, Stop, Fallback::State(Running), reset).unwrap_err();
         assert_eq!(failed.left, Left::Stuck);
     }

@@ -3,6 +3,7 @@
 //! The VMM owns what it virtualises (identity, BARs, interrupts, the headers of capabilities) and answers for it
 //! without asking the device. All else is the device's.
 
+use std::collections::BTreeMap;
 use std::ops::Range;
 
 use pci::header::{self, Command};
@@ -12,6 +13,7 @@ use pci::{
 };
 
 use super::probe::ProbeError;
+use super::state::{ConfigState, RestoreError};
 
 /// Device Capabilities in the PCI Express capability, and its function-level reset bit (PCIe 5.0, 7.5.3.3).
 const DEVICE_CAPABILITIES: u16 = 4;
@@ -60,6 +62,8 @@ pub(super) struct Config {
     power_state: u16,
     /// Where a write starts a function-level reset: bytes and bits in them.
     resets: Vec<(u16, u8)>,
+    /// What of the device's own registers says what it can, and never changes.
+    abilities: Vec<Range<u16>>,
 }
 
 /// What a write leads to, apart from the new values.
@@ -99,13 +103,17 @@ impl Config {
         let mut msix = None;
         let mut power = None;
         let mut resets = Vec::new();
+        let mut abilities = Vec::new();
         let list: Vec<_> = pci::capabilities(|offset| space.dword(offset)).collect();
         for capability in list {
             let Capability { id, offset } = capability?;
             let start = u16::from(offset);
             own(start..start + 2);
             match id {
-                Capability::POWER_MANAGEMENT => power = Some(start),
+                Capability::POWER_MANAGEMENT => {
+                    power = Some(start);
+                    abilities.push(start + 2..start + 4);
+                }
                 Capability::MSI => {
                     let state = Msi::new(space.word(start + 2));
                     own(start..start + u16::from(state.length()));
@@ -120,8 +128,10 @@ impl Config {
                     own(start..start + 4);
                     pci::make_integrated_endpoint(&mut space, offset);
                     own(start + 0x0c..start + 0x14);
+                    abilities.push(start + DEVICE_CAPABILITIES..start + DEVICE_CAPABILITIES + 4);
                     if space.word(start + 2) & 0xf >= 2 {
                         own(start + 0x2c..start + 0x34);
+                        abilities.push(start + 0x24..start + 0x28);
                     }
                     if space.dword(start + DEVICE_CAPABILITIES) & FLR_CAPABLE != 0 {
                         resets.push((start + DEVICE_CONTROL + 1, INITIATE_FLR));
@@ -154,6 +164,7 @@ impl Config {
             power,
             power_state: 0,
             resets,
+            abilities,
         };
         config.set_up_header();
         Ok(config)
@@ -202,6 +213,89 @@ impl Config {
             self.bars.set_address(bar, 0);
         }
         self.show_virtual_registers();
+    }
+
+    /// How many bytes the device has.
+    pub(super) fn size(&self) -> u16 {
+        self.size
+    }
+
+    /// What is the same in every device of its kind, whatever the guest does, by offset, in dwords that are not zero.
+    /// BARs are not among it. To be asked before a guest has done anything.
+    pub(super) fn constants(&self) -> BTreeMap<u16, u32> {
+        let mut constants = BTreeMap::new();
+        for offset in (0..ConfigSpace::SIZE).step_by(4) {
+            let is_bar = (header::BARS..header::BARS_END).contains(&offset)
+                || offset == header::EXPANSION_ROM;
+            let mut value = [0; 4];
+            self.read(offset, &mut value, |_| false);
+            for (at, byte) in (offset..).zip(&mut value) {
+                if self.abilities.iter().any(|range| range.contains(&at)) {
+                    *byte = self.space.byte(at);
+                }
+                *byte &= !self.space.writable(at);
+            }
+            let value = u32::from_le_bytes(value);
+            if !is_bar && value != 0 {
+                constants.insert(offset, value);
+            }
+        }
+        constants
+    }
+
+    /// What is to be saved of what the VMM owns.
+    pub(super) fn save(&self) -> ConfigState {
+        ConfigState {
+            space: self.space.save(),
+            bars: self.bars.save(),
+            msi: self.msi.as_ref().map(|(_, msi)| msi.save()),
+            msix: self.msix.as_ref().map(|(_, msix)| msix.save()),
+            power_state: self.power_state.to_le_bytes()[0],
+        }
+    }
+
+    /// The same configuration space with what was saved.
+    pub(super) fn restored(&self, state: &ConfigState) -> Result<Self, RestoreError> {
+        let mut config = self.clone();
+        config.space = self.space.restored(&state.space)?;
+        config.bars = self.bars.restored(&state.bars)?;
+        config.msi = match (&self.msi, &state.msi) {
+            (Some((start, msi)), Some(state)) => Some((*start, msi.restored(state)?)),
+            (None, None) => None,
+            _ => return Err(RestoreError::Capability("MSI")),
+        };
+        config.msix = match (&self.msix, &state.msix) {
+            (Some((start, msix)), Some(state)) => Some((*start, msix.restored(state)?)),
+            (None, None) => None,
+            _ => return Err(RestoreError::Capability("MSI-X")),
+        };
+        let power_state = u16::from(state.power_state);
+        if power_state & !POWER_STATE != 0 || power_state != 0 && self.power.is_none() {
+            return Err(RestoreError::PowerState(state.power_state));
+        }
+        config.power_state = power_state;
+        config.show_virtual_registers();
+        Ok(config)
+    }
+
+    /// The registers of the VMM's that the device has to see, too, as writes.
+    pub(super) fn visible_to_device(&self) -> Vec<Forward> {
+        let mut effects = Effects::default();
+        effects.forward(header::COMMAND, &self.command().bits().to_le_bytes(), false);
+        if let Some((start, msi)) = &self.msi {
+            effects.forward(start + 2, &msi.save().control.to_le_bytes(), true);
+        }
+        if let Some((start, msix)) = &self.msix {
+            effects.forward(start + 2, &msix.control().to_le_bytes(), true);
+        }
+        // Last, since it may hear nothing more then.
+        if let Some(power) = self.power
+            && self.power_state != 0
+        {
+            let state = self.power_state.to_le_bytes();
+            effects.forward(power + POWER_CONTROL, &state, false);
+        }
+        effects.forward
     }
 
     pub(super) fn command(&self) -> Command {
@@ -296,7 +390,11 @@ impl Config {
             control
         };
         let before = control(msi);
-        effects.messages.extend(msi.write(offset - *start, data));
+        let changes = msi.write(offset - *start, data);
+        // If both are enabled, which a guest must not do, MSI-X it is.
+        if !self.msix.as_ref().is_some_and(|(_, msix)| msix.enabled()) {
+            effects.messages.extend(changes);
+        }
         let after = control(msi);
         if after != before {
             effects.forward(*start + 2, &after, true);

@@ -7,6 +7,7 @@ use pci::{Cause, InterruptPin, MsiMessage};
 
 use super::config::Config;
 use super::intx::Intx;
+pub(super) use super::intx::signal;
 use crate::backend::{Backend, Irq, IrqInfo};
 use crate::interrupts::{EventVectors, InterruptSource};
 
@@ -47,6 +48,25 @@ impl Mode {
             },
             (None, None, Some(pin)) if pin_on => Self::Pin(pin),
             _ => Self::Off,
+        }
+    }
+
+    /// What all of its vectors send that send anything.
+    pub(super) fn messages(self, config: &Config) -> Vec<(u16, Option<MsiMessage>)> {
+        let message = |vector| match (self, &config.msi, &config.msix) {
+            (Self::Msi { .. }, Some((_, msi)), _) => msi.message(vector),
+            (Self::Msix { .. }, _, Some((_, msix))) => msix.message(vector),
+            _ => None,
+        };
+        let all = (0..self.vectors()).map(|vector| (vector, message(vector)));
+        all.filter(|(_, message)| message.is_some()).collect()
+    }
+
+    /// How many vectors it has.
+    pub(super) fn vectors(self) -> u16 {
+        match self {
+            Self::Off | Self::Pin(_) => 0,
+            Self::Msi { vectors } | Self::Msix { vectors } => vectors,
         }
     }
 
@@ -92,6 +112,8 @@ pub(super) struct Interrupts {
     vectors: Arc<CurrentVectors>,
     /// The MSI-X vectors that the device has events for.
     armed: Vec<bool>,
+    /// Whether what the device signals reaches the guest; else it waits.
+    connected: bool,
 }
 
 impl Interrupts {
@@ -107,7 +129,49 @@ impl Interrupts {
             intx: None,
             vectors,
             armed: Vec::new(),
+            connected: true,
         }
+    }
+
+    pub(super) fn mode(&self) -> Mode {
+        self.mode
+    }
+
+    /// Takes whatever there is and will be off the interrupt controllers.
+    pub(super) fn disconnect(&mut self) -> Result<(), Cause> {
+        self.connected = false;
+        if let Some(vectors) = self.vectors.current() {
+            vectors.set_connected(false)?;
+        }
+        self.intx.as_ref().map_or(Ok(()), Intx::disconnect)
+    }
+
+    /// Connects it again, and sends what has been signalled meanwhile.
+    pub(super) fn connect(&mut self, backend: &dyn Backend) -> Result<(), Cause> {
+        if std::mem::replace(&mut self.connected, true) {
+            return Ok(());
+        }
+        if let Some(vectors) = self.vectors.current() {
+            vectors.set_connected(true)?;
+        }
+        let intx = self.intx.as_ref();
+        intx.map_or(Ok(()), |intx| intx.connect(backend))
+    }
+
+    /// The vectors that have been signalled and not been sent: masked ones, or all while they are disconnected.
+    pub(super) fn signalled(&self) -> Vec<u16> {
+        let all = 0..self.mode.vectors();
+        all.filter(|vector| self.vectors.pending(*vector)).collect()
+    }
+
+    /// Makes it as if the device had signalled these vectors.
+    pub(super) fn signal(&self, signalled: &[u16]) -> Result<(), Cause> {
+        if let Some(vectors) = self.vectors.current() {
+            for &vector in signalled {
+                signal(vectors.event(vector)?);
+            }
+        }
+        Ok(())
     }
 
     /// Changes to `mode`, and has vectors send `messages` from now on. The old mode is disabled before the new one is
@@ -143,10 +207,11 @@ impl Interrupts {
             Mode::Off => {}
             Mode::Pin(pin) => {
                 let line = self.source.line(pin)?;
+                line.set_connected(self.connected)?;
                 self.intx = Some(Intx::new(line, backend, self.intx_info)?);
             }
             Mode::Msi { vectors: count } => {
-                let vectors: Arc<dyn EventVectors> = self.source.vectors(count)?.into();
+                let vectors = self.new_vectors(count)?;
                 // All at once: the device cannot be given more of them later.
                 let events = (0..count)
                     .map(|vector| vectors.event(vector))
@@ -158,12 +223,18 @@ impl Interrupts {
             Mode::Msix { vectors: count } => {
                 // The device has to be in this mode even if all vectors are masked.
                 backend.arm(Irq::Msix, 0, &[])?;
-                self.vectors.set(Some(self.source.vectors(count)?.into()));
+                self.vectors.set(Some(self.new_vectors(count)?));
                 self.armed = vec![false; count.into()];
             }
         }
         self.mode = mode;
         Ok(())
+    }
+
+    fn new_vectors(&self, count: u16) -> Result<Arc<dyn EventVectors>, Cause> {
+        let vectors = self.source.vectors(count)?;
+        vectors.set_connected(self.connected)?;
+        Ok(vectors.into())
     }
 
     /// Has the vectors send these messages, and the device signal those of MSI-X that it has no events for yet.

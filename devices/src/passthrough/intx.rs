@@ -15,8 +15,9 @@ use crate::interrupts::InterruptLine;
 #[derive(Debug)]
 pub(super) struct Intx {
     // The thread looks at the line's event, so it ends first.
-    _unmasker: Option<Unmasker>,
-    _line: Arc<dyn InterruptLine>,
+    unmasker: Option<Unmasker>,
+    line: Arc<dyn InterruptLine>,
+    automasked: bool,
 }
 
 impl Intx {
@@ -38,9 +39,29 @@ impl Intx {
             backend.unmask(Irq::Intx)?;
         }
         Ok(Self {
-            _unmasker: unmasker,
-            _line: line,
+            unmasker,
+            line,
+            automasked: info.automasked,
         })
+    }
+
+    /// Takes the line off the interrupt controllers.
+    pub(super) fn disconnect(&self) -> Result<(), Cause> {
+        self.line.set_connected(false)
+    }
+
+    /// Connects the line again, and has it asserted if the device has something to say.
+    pub(super) fn connect(&self, backend: &dyn Backend) -> Result<(), Cause> {
+        self.line.set_connected(true)?;
+        // A device that masks itself signals again when it is unmasked. Of any other, nobody knows whether the line was
+        // asserted, so the guest has to look.
+        if !self.automasked || self.unmasker.is_some() {
+            signal(self.line.trigger());
+        }
+        if self.automasked {
+            backend.unmask(Irq::Intx)?;
+        }
+        Ok(())
     }
 }
 
@@ -119,7 +140,7 @@ fn was_signalled(event: BorrowedFd<'_>) -> bool {
     rustix::io::read(event, &mut [0; 8]).is_ok()
 }
 
-fn signal(event: BorrowedFd<'_>) {
+pub(super) fn signal(event: BorrowedFd<'_>) {
     // It fails only if it has been signalled more often than can be counted.
     let _ = rustix::io::write(event, &1_u64.to_ne_bytes());
 }

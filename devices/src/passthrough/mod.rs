@@ -5,9 +5,12 @@
 
 mod config;
 mod faults;
+mod fingerprint;
 mod interrupts;
 mod intx;
 mod probe;
+mod save;
+mod state;
 #[cfg(test)]
 mod tests;
 mod turn;
@@ -17,13 +20,19 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use pci::{BarIndex, BarMapper, Cause, Decoded, Endpoint, MsixLayout};
+use pci::{BarIndex, BarMapper, Cause, Decoded, Endpoint, MsixLayout, TreePath};
 
 use self::config::{Config, Effects, Forward};
 use self::faults::Faults;
+pub use self::fingerprint::{
+    BarFingerprint, Difference, DoorbellFingerprint, Fingerprint, Mismatch,
+};
 use self::interrupts::{CurrentVectors, Interrupts, Mode};
 pub use self::probe::{BarLayout, Probe, ProbeError};
+use self::save::Bells;
+pub use self::state::{ConfigState, EndpointState, RestoreError, RungDoorbell, SaveError};
 use self::turn::Turn;
+
 use crate::backend::{Backend, MessageControl, Region};
 use crate::interrupts::InterruptSource;
 
@@ -41,6 +50,8 @@ pub struct Passthrough {
     wiring: Turn<Wiring>,
     backend: Arc<dyn Backend>,
     faults: Faults,
+    fingerprint: Fingerprint,
+    bells: Bells,
     /// Whether the device is gone for good. The guest finds nothing where it was.
     lost: AtomicBool,
     /// To which BARs writes are not waited for.
@@ -62,12 +73,15 @@ struct Wiring {
     interrupts: Interrupts,
     mapper: Box<dyn BarMapper>,
     mapped: Decoded,
+    /// The doorbells that the device has to hear when it runs next.
+    owed: Vec<RungDoorbell>,
 }
 
 impl Passthrough {
-    /// Makes an endpoint of a device that has been probed. `id` names it in the log.
+    /// Makes an endpoint, at this place in the tree, of a device that has been probed. `id` names it in the log.
     pub fn new(
         id: &str,
+        path: TreePath,
         probe: Probe,
         mapper: Box<dyn BarMapper>,
         source: Box<dyn InterruptSource>,
@@ -76,6 +90,8 @@ impl Passthrough {
         let interrupts = Interrupts::new(source, probe.intx, vectors.clone());
         Self {
             posted: probe.posted_bars(),
+            fingerprint: Fingerprint::new(id, path, &probe),
+            bells: Bells::new(&probe),
             backend: probe.backend,
             faults: Faults::new(id),
             lost: AtomicBool::new(false),
@@ -88,6 +104,7 @@ impl Passthrough {
                 interrupts,
                 mapper,
                 mapped: Decoded::default(),
+                owed: Vec::new(),
             }),
         }
     }
@@ -143,15 +160,18 @@ impl Passthrough {
 
     /// Does what a configuration write leads to.
     fn apply(&self, wiring: &mut Wiring, effects: &Effects) {
-        let (decoded, mode) = {
+        let (decoded, mode, all) = {
             let config = self.config();
-            (config.decoded(), Mode::of(&config))
+            let mode = Mode::of(&config);
+            // A new mode begins with nothing, whatever has changed.
+            let is_new = mode != wiring.interrupts.mode();
+            let all = is_new.then(|| mode.messages(&config));
+            (config.decoded(), mode, all)
         };
+        let messages = all.as_ref().unwrap_or(&effects.messages);
         // Off the bus before the device stops decoding, and onto it after the device has started.
         self.unmap(wiring, &decoded);
-        let updated = wiring
-            .interrupts
-            .update(&self.backend, mode, &effects.messages);
+        let updated = wiring.interrupts.update(&self.backend, mode, messages);
         if let Err(error) = updated {
             self.fault(format_args!("cannot change to {mode}"), &error);
         }
@@ -201,6 +221,7 @@ impl Passthrough {
     fn reset_to(&self, wiring: &mut Wiring, config: Config) -> Result<(), Cause> {
         self.unmap(wiring, &Decoded::default());
         wiring.mapped = Decoded::default();
+        wiring.owed.clear();
         let disabled = wiring.interrupts.disable(self.backend.as_ref());
         let reset = self.backend.reset();
         let mode = Mode::of(&config);

@@ -59,6 +59,8 @@ pub struct Probe {
     pub(super) config: Config,
     pub(super) msix: Option<MsixLayout>,
     pub(super) intx: IrqInfo,
+    /// How many vectors it has of INTx, MSI and MSI-X.
+    pub(super) vectors: [u32; 3],
     /// What the expansion ROM holds, if the guest is to have it.
     pub(super) rom: Vec<u8>,
     layouts: [Option<BarLayout>; 7],
@@ -140,15 +142,25 @@ impl Probe {
             });
         }
         let config = Config::new(space, size, bars)?;
-        let intx = match config.interrupt_pin() {
-            Some(_) => backend.irq(Irq::Intx)?,
-            None => IrqInfo::default(),
+        let ask = |irq, has: bool| {
+            if has {
+                backend.irq(irq)
+            } else {
+                Ok(IrqInfo::default())
+            }
         };
+        let intx = ask(Irq::Intx, config.interrupt_pin().is_some())?;
+        let vectors = [
+            intx.count,
+            ask(Irq::Msi, config.msi.is_some())?.count,
+            ask(Irq::Msix, config.msix.is_some())?.count,
+        ];
         Ok(Self {
             backend,
             config,
             msix,
             intx,
+            vectors,
             rom,
             layouts,
         })

@@ -5,7 +5,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 
-use pci::{BarIndex, BarMapper, Cause, Endpoint, InterruptPin, MsiMessage, Vectors};
+use pci::{BarIndex, BarMapper, Cause, Endpoint, InterruptPin, MsiMessage, TreePath, Vectors};
 
 use super::{Passthrough, Probe};
 use crate::backend::{
@@ -211,6 +211,10 @@ impl EventVectors for Deaf {
     fn event(&self, _: u16) -> Result<BorrowedFd<'_>, Cause> {
         Ok(self.0.as_fd())
     }
+
+    fn set_connected(&self, _: bool) -> Result<(), Cause> {
+        Ok(())
+    }
 }
 
 impl Vectors for Deaf {
@@ -221,6 +225,10 @@ impl Vectors for Deaf {
     fn pending(&self, _: u16) -> bool {
         false
     }
+}
+
+fn place() -> TreePath {
+    TreePath::new(vec![(1, 0)]).unwrap()
 }
 
 fn null() -> OwnedFd {
@@ -236,7 +244,7 @@ fn endpoint(device: Device) -> (Passthrough, Notes) {
     bars.set_address(PORTS, 0x1000);
     probe.set_bars(bars);
     let mapper = Box::new(Mapper(notes.clone()));
-    let endpoint = Passthrough::new("it", probe, mapper, Box::new(Deaf(null())));
+    let endpoint = Passthrough::new("it", place(), probe, mapper, Box::new(Deaf(null())));
     endpoint.config_write(0x04, &[3, 0]);
     notes.take();
     (endpoint, notes)
