@@ -11,7 +11,8 @@ use devices::host::Sysfs;
 use devices::kernel::{AddressSpace, Iommufd, KernelDevice, KernelError, KvmFiles, Type1};
 use pci::BarIndex;
 use tests::backend_contract::{self, Subject};
-use tests::lab::{Case, HostDevice};
+use tests::lab::{Case, HostDevice, Mtty};
+use tests::migration_contract::{self, Subject as Migrating};
 
 const EDU: &str = "0000:01:00.0";
 
@@ -26,6 +27,42 @@ pub(crate) fn contract(_: &mut Case<'_>) -> Result<()> {
 /// The same by iommufd, after others have had it by its group, and the other way round.
 pub(crate) fn contract_by_iommufd(_: &mut Case<'_>) -> Result<()> {
     check(&[by_group, by_iommufd])
+}
+
+/// The state of a device whose driver in the kernel can migrate it is taken out and put into another one.
+pub(crate) fn migration(_: &mut Case<'_>) -> Result<()> {
+    check_migration(by_group)
+}
+
+/// The same by iommufd.
+pub(crate) fn migration_by_iommufd(_: &mut Case<'_>) -> Result<()> {
+    check_migration(by_iommufd)
+}
+
+fn check_migration(way: Way) -> Result<()> {
+    const NAMES: [&str; 2] = [
+        "83b8f4f2-509f-382f-3c1e-e6bfe0fa1003",
+        "83b8f4f2-509f-382f-3c1e-e6bfe0fa1004",
+    ];
+    let _mttys = [Mtty::create(NAMES[0])?, Mtty::create(NAMES[1])?];
+    let kvm = Arc::new(Kvm::default());
+    let space = way(kvm)?;
+    let open = |name: &str| -> Result<KernelDevice> {
+        let sysfs = Sysfs::default();
+        let found = sysfs.find(name)?;
+        let opened = space.open(name, &found.check(&sysfs)?)?;
+        Ok(KernelDevice::new(name, opened, None)?)
+    };
+    let [from, to] = [open(NAMES[0])?, open(NAMES[1])?];
+    // The scratch register of the serial port, which a reset of the mediated device leaves as it is.
+    let subject = Migrating {
+        register: (BarIndex::ALL[0], 7, 1),
+        value: [0x5a, 0, 0, 0],
+        is_reset: false,
+        notices_garbage: false,
+    };
+    migration_contract::check(&from, &to, &subject)?;
+    migration_contract::check(&to, &from, &subject).context("and back")
 }
 
 fn by_group(kvm: Arc<dyn KvmFiles>) -> Result<Box<dyn AddressSpace>, KernelError> {

@@ -62,6 +62,7 @@ fn main() -> ExitCode {
         suite.run("no-remapping", refusals::no_remapping);
     }
     suite.run("backend-contract", backend::contract);
+    suite.run("backend-migration", backend::migration);
     suite.run("truncated-bar", servers::truncated_bar);
     suite.run("foreign-device", servers::foreign_device);
     suite.run("killed-and-stopped", servers::killed_and_stopped);
@@ -87,6 +88,7 @@ fn main() -> ExitCode {
     // Debian's kernels have none: see `make test-iommufd`.
     if iommufd::is_there() {
         suite.run("iommufd-contract", backend::contract_by_iommufd);
+        suite.run("iommufd-migration", backend::migration_by_iommufd);
         suite.run("iommufd-descriptors", iommufd::descriptors);
         suite.run("iommufd-off-and-on", iommufd::off_and_on);
     }
