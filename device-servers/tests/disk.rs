@@ -17,7 +17,7 @@ use drive::{
     MULTI_QUEUE, OK, OUT, READONLY, SYNC, UNSUPPORTED, USUAL, ZERO, attach, pattern, patterns,
     put_request,
 };
-use support::{BASE, BUFFERS, EVENT_IDX, INDIRECT, Ram, SIZE, VERSION_1, event, wait_for};
+use support::{BASE, BUFFERS, EVENT_IDX, INDIRECT, Machine, Ram, SIZE, VERSION_1, event, wait_for};
 use vfio_user_client::DmaAccess;
 
 #[test]
@@ -56,6 +56,67 @@ fn the_disk_says_what_it_is() {
     assert!(!machine.negotiate(VERSION_1 | 1 << 34));
     assert!(!machine.negotiate(FLUSH));
     assert!(machine.negotiate(VERSION_1 | FLUSH));
+}
+
+/// The register through which firmware accesses what it cannot map, on a place in a BAR.
+fn window(machine: &Machine, bar: u8, offset: u64, length: u32) -> u64 {
+    let at = machine.places.window;
+    let write = |offset: u64, data: &[u8]| machine.client.region_write(7, offset, data).unwrap();
+    write(at + 4, &[bar]);
+    write(at + 8, &u32::try_from(offset).unwrap().to_le_bytes());
+    write(at + 12, &length.to_le_bytes());
+    at + 16
+}
+
+#[test]
+fn everything_can_be_reached_by_configuration_space() {
+    let image = Image::new();
+    let mut disk = Disk::new(&image.options(), USUAL);
+    let places = disk.machine.places;
+    let read = |machine: &Machine, offset: u64, length: u32| {
+        let at = window(machine, 0, offset, length);
+        let mut data = [0; 4];
+        let bytes = &mut data[..length as usize];
+        machine.client.region_read(7, at, bytes).unwrap();
+        u32::from_le_bytes(data)
+    };
+    let sectors = u32::try_from(IMAGE_SIZE / 512).unwrap();
+    assert_eq!(read(&disk.machine, places.config, 4), sectors);
+    assert_eq!(read(&disk.machine, places.config + 2, 2), sectors >> 16);
+    assert_eq!(read(&disk.machine, places.common + 0x14, 1), 0xf);
+    // A notification, and a table of interrupts that the library has.
+    let buffers = disk.request(BUFFERS, IN, 3, &[(DATA, 512)]);
+    disk.queues[0].add(&buffers);
+    let client = &disk.machine.client;
+    let at = window(&disk.machine, 0, places.notify, 2);
+    client.region_write(7, at, &[0, 0]).unwrap();
+    disk.queues[0].wait();
+    assert_eq!(disk.ram().read(DATA, 512), pattern(3, 0));
+    let at = window(&disk.machine, 0, 0x4000, 4);
+    client.region_write(7, at, &[1, 2, 3, 4]).unwrap();
+    assert_eq!(disk.machine.read(0x4000), [1, 2, 3, 4]);
+    // A reset of the device, as firmware does it.
+    let at = window(&disk.machine, 0, places.common + 0x14, 1);
+    client.region_write(7, at, &[0]).unwrap();
+    assert_eq!(disk.machine.status(), 0);
+    // What is no place keeps what is written to it, and a place at which nothing is reads as nothing does.
+    for (bar, offset, length, expected) in [
+        (6, 0, 4, [9; 4]),
+        (7, 0, 4, [9; 4]),
+        (0, 0, 0, [9; 4]),
+        (0, 0, 3, [9; 4]),
+        (0, 0, u32::MAX, [9; 4]),
+        (0, 1, 2, [9; 4]),
+        (1, 0, 4, [0xff; 4]),
+        (0, 0x8000, 4, [0xff; 4]),
+        (0, 0xffff_fffc, 4, [0xff; 4]),
+    ] {
+        let at = window(&disk.machine, bar, offset, length);
+        client.region_write(7, at, &[9; 4]).unwrap();
+        let mut data = [0; 4];
+        client.region_read(7, at, &mut data).unwrap();
+        assert_eq!(data, expected, "{bar} {offset:#x} {length}");
+    }
 }
 
 #[test]

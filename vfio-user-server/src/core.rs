@@ -7,7 +7,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use vfio_user_protocol::DeviceState;
 
-use crate::description::{BARS, Bar, Layout};
+use crate::description::{BARS, Bar, Layout, Place, WINDOW_SIZE, WindowPlace};
 use crate::device::{Device, Host};
 use crate::errno::errno;
 use crate::eventfd;
@@ -53,6 +53,7 @@ impl<D: Device> Core<D> {
             return Ok(());
         }
         if region == CONFIG_REGION {
+            self.read_by_window(offset, data.len());
             return self.function.read_config(offset, data).ok_or(Errno::INVAL);
         }
         let bar = bar_index(region)?;
@@ -82,6 +83,7 @@ impl<D: Device> Core<D> {
                 .function
                 .write_config(offset, data)
                 .ok_or(Errno::INVAL)?;
+            self.write_by_window(offset, data.len());
             return match effect {
                 Effect::None => Ok(()),
                 Effect::Reset => self.reset(),
@@ -159,6 +161,54 @@ impl<D: Device> Core<D> {
             }
             Err(errno) => log::warn!("memory cannot be unmapped: {errno}"),
         }
+    }
+
+    /// Before configuration space is read: if it is the window, that shows what it is on.
+    fn read_by_window(&mut self, offset: u64, count: usize) {
+        let Some((window, place)) = self.look_at_window(offset, count) else {
+            return;
+        };
+        // What cannot be read reads as nothing does.
+        let mut data = [0xff; WINDOW_SIZE];
+        let Some(data) = data.get_mut(..place.length) else {
+            return;
+        };
+        if let Err(errno) = self.read_region(place.bar.into(), place.offset, data) {
+            log::debug!("nothing is read through the window on {place:x?}: {errno}");
+            data.fill(0xff);
+        }
+        self.function.write_config(window.data.start as u64, data);
+    }
+
+    /// After configuration space was written: if it was the window, so is what that is on.
+    fn write_by_window(&mut self, offset: u64, count: usize) {
+        let Some((window, place)) = self.look_at_window(offset, count) else {
+            return;
+        };
+        let mut data = [0; WINDOW_SIZE];
+        self.function
+            .read_config(window.data.start as u64, &mut data);
+        let Some(data) = data.get(..place.length) else {
+            return;
+        };
+        if let Err(errno) = self.write_region(place.bar.into(), place.offset, data) {
+            log::debug!("nothing is written through the window on {place:x?}: {errno}");
+        }
+    }
+
+    /// The window and what it is on, if such an access to configuration space goes through it.
+    fn look_at_window(&self, offset: u64, count: usize) -> Option<(WindowPlace, Place)> {
+        let window = self.layout.window.as_ref()?;
+        if !window.is_at(offset, count) {
+            return None;
+        }
+        let mut registers = vec![0; window.registers.len()];
+        let start = window.registers.start as u64;
+        self.function.read_config(start, &mut registers)?;
+        let place = (window.place)(&registers)?;
+        let is_possible =
+            usize::from(place.bar) < BARS && (1..=WINDOW_SIZE).contains(&place.length);
+        is_possible.then(|| (window.clone(), place))
     }
 
     /// Checks that a range is in its region.

@@ -8,12 +8,12 @@ use std::ops::Range;
 use thiserror::Error;
 
 pub use self::bar::Bar;
-pub(crate) use self::layout::{Layout, Places};
+pub(crate) use self::layout::{Layout, Places, WindowPlace};
 
 /// What a PCI device is: its identity, its BARs, its capabilities, its interrupts and its doorbells.
 ///
 /// Capabilities are laid out in the order in which they are added, from 0x40 on (0x100 for the extended ones), each at
-/// a multiple of 16.
+/// a multiple of 16, or of 4 if there is no room for that.
 #[derive(Debug)]
 pub struct Description {
     ids: Ids,
@@ -25,6 +25,7 @@ pub struct Description {
     msix: Option<MsixTable>,
     capabilities: Vec<Capability>,
     extended: Vec<Capability>,
+    window: Option<(usize, Window)>,
     doorbells: Vec<Doorbell>,
 }
 
@@ -75,6 +76,29 @@ pub struct Doorbell {
     pub value: Option<u64>,
 }
 
+/// A register in configuration space through which a guest accesses BARs that it has not mapped, as firmware may have to.
+///
+/// It is part of a capability, whose other registers say where the access goes.
+#[derive(Clone, Copy, Debug)]
+pub struct Window {
+    /// Offset of the register, of [`WINDOW_SIZE`] bytes, from the end of the capability's header, in bytes.
+    pub data: usize,
+    /// Where an access goes, by the bytes of the capability after its header. `None` if they say no place that can be
+    /// accessed: the register then keeps what is written to it.
+    pub place: fn(&[u8]) -> Option<Place>,
+}
+
+/// Something in a BAR.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Place {
+    /// The BAR.
+    pub bar: u8,
+    /// Offset in the BAR, in bytes.
+    pub offset: u64,
+    /// How many bytes: the first of the register.
+    pub length: usize,
+}
+
 /// A capability: its id, and the registers after its header.
 #[derive(Clone, Debug)]
 struct Capability {
@@ -122,6 +146,9 @@ pub enum DescriptionError {
     /// There are more doorbells than one message can carry descriptors for.
     #[error("there are more than {MAX_DOORBELLS} doorbells")]
     Doorbells,
+    /// The register of a window is not in its capability.
+    #[error("the register of the window is not in its capability")]
+    Window,
     /// The capabilities do not fit into configuration space. Extended ones need a PCI Express capability.
     #[error("the capabilities do not fit into configuration space")]
     Capabilities,
@@ -129,6 +156,9 @@ pub enum DescriptionError {
 
 /// Number of BARs.
 pub(crate) const BARS: usize = 6;
+
+/// Bytes of the register of a [`Window`].
+pub const WINDOW_SIZE: usize = 4;
 
 /// Most doorbells of a device: as many as one message can carry descriptors for.
 pub const MAX_DOORBELLS: usize = crate::socket::MAX_FDS;
@@ -145,6 +175,7 @@ impl Description {
             msix: None,
             capabilities: Vec::new(),
             extended: Vec::new(),
+            window: None,
             doorbells: Vec::new(),
         }
     }
@@ -233,6 +264,14 @@ impl Description {
     #[must_use]
     pub fn capability(self, id: u8, body: &[u8], writable: &[u8]) -> Self {
         self.with(id, body.to_vec(), writable.to_vec())
+    }
+
+    /// Adds a capability, as [`capability`](Self::capability) does, with a window, of which a device has one at most. What
+    /// is accessed through it is read and written as if the client had accessed that BAR.
+    #[must_use]
+    pub fn window(mut self, id: u8, body: &[u8], writable: &[u8], window: Window) -> Self {
+        self.window = Some((self.capabilities.len(), window));
+        self.capability(id, body, writable)
     }
 
     /// Adds the Device Serial Number.

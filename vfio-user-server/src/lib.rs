@@ -234,7 +234,8 @@ mod session;
 mod socket;
 
 pub use description::{
-    Bar, Description, DescriptionError, Doorbell, Ids, MAX_DOORBELLS, MsixTable,
+    Bar, Description, DescriptionError, Doorbell, Ids, MAX_DOORBELLS, MsixTable, Place,
+    WINDOW_SIZE, Window,
 };
 pub use device::{Device, Host, Migration, Snapshot, StateStream};
 pub use dirty::PageLog;

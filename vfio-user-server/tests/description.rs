@@ -10,7 +10,7 @@ use std::sync::Arc;
 use support::memfd;
 use vfio_user_server::{
     Bar, Description, DescriptionError, Device, Doorbell, Ids, MAX_DOORBELLS, MsixTable, Options,
-    Server, ServerError,
+    Server, ServerError, Window,
 };
 
 struct Nothing;
@@ -263,6 +263,19 @@ fn doorbells_are_where_nothing_is_mapped() {
 }
 
 #[test]
+fn a_window_is_in_its_capability() {
+    let window = |data| {
+        let place = |_: &[u8]| None;
+        error(device().window(9, &[0; 18], &[], Window { data, place }))
+    };
+    let wrong = Some(DescriptionError::Window);
+    assert_eq!(
+        [window(14), window(15), window(usize::MAX)],
+        [None, wrong.clone(), wrong]
+    );
+}
+
+#[test]
 fn capabilities_fit_into_config_space() {
     let fill = |size: usize| error(device().capability(9, &vec![0; size], &[]));
     assert_eq!(
@@ -271,7 +284,7 @@ fn capabilities_fit_into_config_space() {
     );
     let many = |count| error((0..count).fold(device(), |device, _| device.power_management()));
     assert_eq!(
-        [many(12), many(13)],
+        [many(24), many(25)],
         [None, Some(DescriptionError::Capabilities)]
     );
     let extended = error(device().serial_number(1));

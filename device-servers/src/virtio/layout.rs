@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use vfio_user_server::{Bar, Description, Doorbell, Ids, MsixTable};
+use vfio_user_server::{Bar, Description, Doorbell, Ids, MsixTable, Place, WINDOW_SIZE, Window};
 
 use super::device::Identity;
 
@@ -33,6 +33,7 @@ const COMMON_CFG: u8 = 1;
 const NOTIFY_CFG: u8 = 2;
 const ISR_CFG: u8 = 3;
 const DEVICE_CFG: u8 = 4;
+const PCI_CFG: u8 = 5;
 
 /// Id of a vendor-specific capability (PCI Code and ID Assignment, 2).
 const VENDOR_SPECIFIC: u8 = 0x09;
@@ -73,9 +74,40 @@ pub(super) fn description(identity: Identity, queues: u16, config: usize) -> Des
     let description = places.into_iter().fold(description, |description, place| {
         description.capability(VENDOR_SPECIFIC, &capability(place), &[])
     });
+    let window = Window {
+        data: WINDOW_DATA,
+        place: window_place,
+    };
+    let body = [&capability((PCI_CFG, 0..0, None))[..], &[0; WINDOW_SIZE]].concat();
+    let description = description.window(VENDOR_SPECIFIC, &body, &WINDOW_WRITABLE, window);
     (0..queues)
         .map(doorbell)
         .fold(description, Description::doorbell)
+}
+
+// What `struct virtio_pci_cfg_cap` has behind the id and the pointer, in bytes (virtio 1.2, 4.1.4.9). The driver writes
+// `bar`, `offset` and `length`, and what it then accesses by `pci_cfg_data`.
+const WINDOW_DATA: usize = 14;
+const WINDOW_WRITABLE: [u8; WINDOW_DATA + WINDOW_SIZE] = [
+    0, 0, 0xff, 0, 0, 0, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff,
+];
+
+/// What `pci_cfg_data` accesses, by the bytes behind the id and the pointer.
+fn window_place(registers: &[u8]) -> Option<Place> {
+    let [_, _, bar, _, _, _, rest @ ..] = registers else {
+        return None;
+    };
+    let (offset, rest) = rest.split_first_chunk()?;
+    let (length, _) = rest.split_first_chunk()?;
+    let [offset, length] = [offset, length].map(|bytes| u32::from_le_bytes(*bytes));
+    if !matches!(length, 1 | 2 | 4) || !offset.is_multiple_of(length) {
+        return None;
+    }
+    Some(Place {
+        bar: *bar,
+        offset: offset.into(),
+        length: usize::try_from(length).ok()?,
+    })
 }
 
 /// Number of MSI-X vectors: one for each queue, and one for changes of the configuration.
@@ -86,7 +118,9 @@ pub(super) fn vectors(queues: u16) -> u16 {
 /// What follows the id and the pointer of `struct virtio_pci_cap` (virtio 1.2, 4.1.4), and of `virtio_pci_notify_cap`.
 fn capability((kind, place, multiplier): (u8, Range<u64>, Option<u32>)) -> Vec<u8> {
     const HEAD: u8 = 16;
-    let size = if multiplier.is_some() { HEAD + 4 } else { HEAD };
+    // What follows is a multiplier or a window.
+    let has_more = multiplier.is_some() || kind == PCI_CFG;
+    let size = if has_more { HEAD + 4 } else { HEAD };
     let [offset, length] =
         [place.start, place.end - place.start].map(|value| u32::try_from(value).unwrap_or(0));
     let mut body = vec![size, kind, 0, 0, 0, 0];

@@ -62,8 +62,8 @@
 //! | 0x4000 | MSI-X table: the first vector after a reset is nobody's; the driver says whose each is | |
 //! | 0x6000 | MSI-X pending bits | |
 //!
-//! There is one vector more than there are queues. Access by configuration space (`VIRTIO_PCI_CAP_PCI_CFG`, 4.1.4.9),
-//! which is for firmware that cannot map memory, is not there.
+//! There is one vector more than there are queues. All of it can be accessed by configuration space, too, which is for
+//! firmware that cannot map memory (`VIRTIO_PCI_CAP_PCI_CFG`, 4.1.4.9).
 
 mod common;
 mod device;

@@ -97,6 +97,8 @@ pub(crate) struct Places {
     pub(crate) notify: u64,
     multiplier: u64,
     msix: u64,
+    /// In configuration space: the capability through which all the others can be accessed.
+    pub(crate) window: u64,
 }
 
 /// A device with a driver.
@@ -184,6 +186,7 @@ impl Machine {
                 }
                 (0x09, 3) => self.places.isr = offset,
                 (0x09, 4) => self.places.config = offset,
+                (0x09, 5) => self.places.window = at as u64,
                 (0x11, _) => self.places.msix = at as u64,
                 _ => {}
             }

@@ -5,7 +5,7 @@ use std::ops::Range;
 use super::bar::Kind;
 use super::{
     BARS, Bar, Description, DescriptionError, Doorbell, EXPRESS, MAX_DOORBELLS, MSI, MSIX,
-    MsixTable,
+    MsixTable, Place, WINDOW_SIZE, Window,
 };
 use crate::config::{CONVENTIONAL_SIZE, ConfigSpace, EXPRESS_SIZE, command, register};
 
@@ -18,6 +18,7 @@ pub(crate) struct Layout {
     pub(crate) intx: bool,
     pub(crate) msi: u16,
     pub(crate) msix: Option<MsixTable>,
+    pub(crate) window: Option<WindowPlace>,
     pub(crate) doorbells: Vec<Doorbell>,
 }
 
@@ -27,6 +28,37 @@ pub(crate) struct Places {
     pub(crate) msi: Option<usize>,
     pub(crate) msix: Option<usize>,
     pub(crate) express: Option<usize>,
+}
+
+/// A window, and where its capability is in configuration space.
+#[derive(Clone, Debug)]
+pub(crate) struct WindowPlace {
+    /// The bytes of the capability after its header.
+    pub(crate) registers: Range<usize>,
+    /// The register that is the window.
+    pub(crate) data: Range<usize>,
+    pub(crate) place: fn(&[u8]) -> Option<Place>,
+}
+
+impl WindowPlace {
+    fn new(window: Window, registers: Range<usize>) -> Result<Self, DescriptionError> {
+        let start = registers.start.saturating_add(window.data);
+        let data = start..start.saturating_add(WINDOW_SIZE);
+        if data.end > registers.end {
+            return Err(DescriptionError::Window);
+        }
+        Ok(Self {
+            registers,
+            data,
+            place: window.place,
+        })
+    }
+
+    /// Whether an access is, with some of its bytes, one to what the window is on.
+    pub(crate) fn is_at(&self, offset: u64, count: usize) -> bool {
+        let start = usize::try_from(offset).unwrap_or(usize::MAX);
+        start < self.data.end && self.data.start < start.saturating_add(count)
+    }
 }
 
 impl Layout {
@@ -46,7 +78,7 @@ impl Description {
         {
             return Err(DescriptionError::Vectors(vectors));
         }
-        let (config, places) = self.config_space()?;
+        let (config, places, window) = self.config_space()?;
         Ok(Layout {
             config,
             places,
@@ -54,6 +86,7 @@ impl Description {
             intx: self.intx,
             msi: self.msi.unwrap_or(0),
             msix: self.msix,
+            window,
             doorbells: self.doorbells,
         })
     }
@@ -129,7 +162,7 @@ impl Description {
         range.end <= bar.size && !bar.areas.iter().any(mapped)
     }
 
-    fn config_space(&self) -> Result<(ConfigSpace, Places), DescriptionError> {
+    fn config_space(&self) -> Result<(ConfigSpace, Places, Option<WindowPlace>), DescriptionError> {
         let is_express = self
             .capabilities
             .iter()
@@ -141,9 +174,9 @@ impl Description {
         };
         let mut config = ConfigSpace::new(size);
         self.define_header(&mut config);
-        let places = self.define_capabilities(&mut config)?;
+        let (places, window) = self.define_capabilities(&mut config)?;
         self.define_extended(&mut config)?;
-        Ok((config, places))
+        Ok((config, places, window))
     }
 
     fn define_header(&self, config: &mut ConfigSpace) {
@@ -188,13 +221,19 @@ impl Description {
         config.define(register::COMMAND, &[0; 2], &writable.to_le_bytes());
     }
 
-    fn define_capabilities(&self, config: &mut ConfigSpace) -> Result<Places, DescriptionError> {
-        let mut places = Places::default();
-        let mut offset = 0x40;
+    fn define_capabilities(
+        &self,
+        config: &mut ConfigSpace,
+    ) -> Result<(Places, Option<WindowPlace>), DescriptionError> {
+        let (mut places, mut window) = (Places::default(), None);
+        let mut offset = 0x40_usize;
+        let sizes = self.capabilities.iter().map(|each| 2 + each.body.len());
+        let end = sizes.fold(offset, |end, size| end.next_multiple_of(16) + size);
+        let alignment = if end > CONVENTIONAL_SIZE { 4 } else { 16 };
         for (index, capability) in self.capabilities.iter().enumerate() {
             let end = offset + 2 + capability.body.len();
             let is_last = index + 1 == self.capabilities.len();
-            let next = end.next_multiple_of(16);
+            let next = end.next_multiple_of(alignment);
             if end > CONVENTIONAL_SIZE || (!is_last && next >= CONVENTIONAL_SIZE) {
                 return Err(DescriptionError::Capabilities);
             }
@@ -212,9 +251,12 @@ impl Description {
                 EXPRESS => places.express = Some(offset),
                 _ => {}
             }
+            if let Some((_, found)) = self.window.filter(|(number, _)| *number == index) {
+                window = Some(WindowPlace::new(found, offset + 2..end)?);
+            }
             offset = next;
         }
-        Ok(places)
+        Ok((places, window))
     }
 
     fn define_extended(&self, config: &mut ConfigSpace) -> Result<(), DescriptionError> {
