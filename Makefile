@@ -9,6 +9,8 @@ SOAK_DEADLINE ?= 7200
 
 CARGO ?= cargo
 SKIPPED := $(CURDIR)/target/skipped-tests
+SAY_SKIPPED = sort -u $(SKIPPED) | cut -f 1 | uniq -c | while read -r count reason; do \
+    echo "SKIPPED: $$count tests: $$reason"; done
 RELEASE := target/release
 QEMU ?= $(shell command -v qemu-system-x86_64)
 PROGRAMS := --package vmm --bin outrigger --package tests --bin lab-cases --bin bench
@@ -34,7 +36,7 @@ endif
 unit: ## Runs the tests that need no Linux guest
 	@mkdir -p target && : >$(SKIPPED)
 	SKIPPED_TESTS=$(SKIPPED) $(CARGO) test --workspace --locked
-	@sort -u $(SKIPPED) | cut -f 1 | uniq -c | while read -r count reason; do echo "SKIPPED: $$count tests: $$reason"; done
+	@$(SAY_SKIPPED)
 
 lab: programs ## Runs the cases that boot Linux guests
 	@tests/lab/mtty.sh
@@ -54,11 +56,12 @@ vf: programs ## Gives a guest a virtual function of a network card, in a lab tha
 	    echo "SKIPPED: a virtual function in a guest: QEMU 11.1, whose lab has one, cannot be fetched"; \
 	fi
 
-peer: setup ## Boots Linux guests with the demo device in QEMU 11.1, a vfio-user client that nobody here wrote
+peer: setup ## Boots Linux guests with the built-in devices in QEMU 11.1, a vfio-user client that nobody here wrote
 	@if tests/lab/qemu-peer.sh; then \
-	    $(CARGO) test --package tests --test qemu_client --locked -- --ignored; \
+	    : >$(SKIPPED); \
+	    SKIPPED_TESTS=$(SKIPPED) $(CARGO) test --package tests --test qemu_client --locked -- --ignored && $(SAY_SKIPPED); \
 	else \
-	    echo "SKIPPED: the demo device in QEMU 11.1, which cannot be fetched"; \
+	    echo "SKIPPED: the built-in devices in QEMU 11.1, which cannot be fetched"; \
 	fi
 
 setup: ## Fetches what the lab needs: packages, kernels, initramfs images

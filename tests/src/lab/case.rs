@@ -35,6 +35,11 @@ impl Images {
         Self { folder }
     }
 
+    /// `target/lab`.
+    pub fn folder(&self) -> &Path {
+        &self.folder
+    }
+
     /// The bzImage of a kernel version.
     pub fn kernel(&self, version: &str) -> PathBuf {
         self.folder.join("kernels").join(version).join("vmlinuz")

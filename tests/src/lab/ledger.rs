@@ -8,14 +8,14 @@ use std::path::PathBuf;
 use std::thread;
 use std::time::Duration;
 
+use super::{BOOT, Process, SOON, Server};
 use anyhow::{Context, Result, bail, ensure};
 use guest::ledger::{Chance, PLAN, Plan};
 use rustix::process::Signal;
-use tests::lab::{BOOT, Process, SOON, Server};
 
 /// A disk with a plan.
 #[derive(Debug)]
-pub(crate) struct Ledger {
+pub struct Ledger {
     /// Its name and its serial number.
     id: String,
     path: PathBuf,
@@ -27,9 +27,15 @@ pub(crate) struct Ledger {
 /// Regions of each disk: one for each way to write.
 const REGIONS: usize = 3;
 
+/// How many generations a guest has begun in a region, and does not speak of, when its disk is lost.
+const KILLED: u64 = 1;
+
 impl Ledger {
     /// Makes a plan on an image of `size` bytes, or on a block device. `more` is added to what `--disk` says.
-    pub(crate) fn new(
+    ///
+    /// # Errors
+    /// When it cannot be written.
+    pub fn new(
         id: String,
         path: PathBuf,
         size: u64,
@@ -54,7 +60,7 @@ impl Ledger {
     }
 
     /// What `--disk` is told.
-    pub(crate) fn argument(&self) -> OsString {
+    pub fn argument(&self) -> OsString {
         let Self { id, path, more, .. } = self;
         format!("id={id},serial={id},path={}{more}", path.display()).into()
     }
@@ -65,14 +71,15 @@ impl Ledger {
         Ok(self.file.sync_all()?)
     }
 
-    /// Notes how far the guest has come, and verifies the disk without it. Returns how many sectors the kill has found
-    /// between being written and being flushed.
-    fn verify(&mut self, ended: &[u64], was_killed: bool) -> Result<u64> {
+    /// Notes how far the guest has come, and verifies the disk without it. In each region it may have begun so many
+    /// generations more, of which it says nothing. Returns how many sectors the kill has found between being written and
+    /// being flushed.
+    fn verify(&mut self, ended: &[u64], unsaid: u64) -> Result<u64> {
         for (region, flushed) in self.plan.regions.iter_mut().zip(ended) {
-            region.begun = flushed + u64::from(was_killed);
-            region.unsure.extend(was_killed.then_some(region.begun));
+            region.begun = flushed + unsaid;
+            region.unsure.extend(flushed + 1..=region.begun);
         }
-        if was_killed {
+        if unsaid > 0 {
             self.write_plan()?;
         } else {
             let mut page = [0; PLAN];
@@ -90,7 +97,10 @@ impl Ledger {
 }
 
 /// Waits until the guest has verified all disks.
-pub(crate) fn await_verified(vm: &mut Process, ledgers: &[Ledger]) -> Result<()> {
+///
+/// # Errors
+/// When it does not, or finds that something is lost.
+pub fn await_verified(vm: &mut Process, ledgers: &[Ledger]) -> Result<()> {
     for ledger in ledgers {
         let line = vm.wait_for(&format!("CHECKED {} ", ledger.id), BOOT)?;
         ensure!(line.text.ends_with(" ok"), "{}", line.text);
@@ -98,40 +108,87 @@ pub(crate) fn await_verified(vm: &mut Process, ledgers: &[Ledger]) -> Result<()>
     Ok(())
 }
 
-/// Lets the guest flush each disk a few times, presses the power button, and verifies the disks. The guest reboots.
-pub(crate) fn leave_in_peace(vm: &mut Process, ledgers: &mut [Ledger]) -> Result<()> {
+/// Waits until the guest has flushed each disk a few times.
+///
+/// # Errors
+/// When it does not.
+pub fn await_flushes(vm: &mut Process, ledgers: &[Ledger]) -> Result<()> {
     const FLUSHES: usize = 6;
-    let from = vm.lines().len();
     let mut flushes = HashMap::<_, usize>::new();
     while flushes.len() < ledgers.len() || flushes.values().any(|count| *count < FLUSHES) {
         *flushes.entry(flushed_disk(vm)?).or_default() += 1;
     }
-    vm.signal(Signal::POWER)?;
+    Ok(())
+}
+
+/// Waits until the guest has done with its disks, whose power button was pressed, and verifies them. It has found them
+/// after line `from`.
+///
+/// # Errors
+/// When it does not come to an end, or something is lost.
+pub fn verify_ended(vm: &mut Process, from: usize, ledgers: &mut [Ledger]) -> Result<()> {
     vm.wait_for("DISKS DONE", SOON)?;
     let ends = ends(vm, from)?;
     for ledger in ledgers {
-        ledger.verify(of(&ends, &ledger.id)?, false)?;
+        ledger.verify(of(&ends, &ledger.id)?, 0)?;
     }
     Ok(())
 }
 
+/// Verifies the disks of a guest that has ended without a word, with its VM.
+///
+/// # Errors
+/// When something is lost.
+pub fn verify_lost(vm: &Process, from: usize, ledgers: &mut [Ledger]) -> Result<()> {
+    /// Most that may have been on its way to the test.
+    const UNSAID: u64 = 16;
+    for ledger in ledgers {
+        let regions = ledger.plan.regions.iter();
+        let mut flushed: Vec<_> = regions.map(|region| region.begun).collect();
+        for line in vm.lines().iter().skip(from) {
+            let words: Vec<_> = line.text.split_whitespace().collect();
+            let ["FLUSHED", disk, region, generation] = words[..] else {
+                continue;
+            };
+            if disk == ledger.id
+                && let Some(flushed) = flushed.get_mut(region.parse::<usize>()?)
+            {
+                // The last line may be cut off.
+                *flushed = generation.parse().unwrap_or(0).max(*flushed);
+            }
+        }
+        ledger.verify(&flushed, UNSAID)?;
+    }
+    Ok(())
+}
+
+/// Lets the guest flush each disk a few times, presses the power button, and verifies the disks. The guest reboots.
+///
+/// # Errors
+/// When it does not come to an end, or something is lost.
+pub fn leave_in_peace(vm: &mut Process, ledgers: &mut [Ledger]) -> Result<()> {
+    let from = vm.lines().len();
+    await_flushes(vm, ledgers)?;
+    vm.signal(Signal::POWER)?;
+    verify_ended(vm, from, ledgers)
+}
+
 /// What kills have found.
 #[derive(Clone, Copy, Debug, Default)]
-pub(crate) struct Kills {
+pub struct Kills {
     /// How many there were.
-    pub(crate) count: usize,
+    pub count: usize,
     /// How many came while something was written that was not flushed.
-    pub(crate) between: usize,
+    pub between: usize,
     /// How many generations were flushed before.
-    pub(crate) flushed: u64,
+    pub flushed: u64,
 }
 
 /// Kills the server of each disk at a moment of its own, ends the VM, and verifies the disks.
-pub(crate) fn kill_all(
-    vm: &mut Process,
-    ledgers: &mut [Ledger],
-    chance: &mut Chance,
-) -> Result<Kills> {
+///
+/// # Errors
+/// When the VM does not survive that, or something is lost.
+pub fn kill_all(vm: &mut Process, ledgers: &mut [Ledger], chance: &mut Chance) -> Result<Kills> {
     const FLUSHES: u64 = 12;
     const MOMENT: u64 = 20_000; // microseconds
     let from = vm.lines().len();
@@ -175,7 +232,7 @@ pub(crate) fn kill_all(
         let before: u64 = ledger.plan.regions.iter().map(|region| region.begun).sum();
         kills.count += 1;
         kills.flushed += ended.iter().sum::<u64>() - before;
-        kills.between += usize::from(ledger.verify(ended, true)? > 0);
+        kills.between += usize::from(ledger.verify(ended, KILLED)? > 0);
     }
     Ok(kills)
 }

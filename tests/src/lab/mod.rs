@@ -5,6 +5,7 @@ mod case;
 mod counters;
 mod host;
 mod kernel_log;
+pub mod ledger;
 mod monitor;
 mod process;
 mod report;

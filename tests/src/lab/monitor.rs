@@ -1,7 +1,8 @@
-//! The monitor of the lab's QEMU, through which a test does to the lab's hardware what software cannot.
+//! The monitor of a QEMU, such as the lab's, through which a test does to hardware what software cannot.
 
 use std::fs::{File, OpenOptions};
 use std::io::{BufRead, BufReader, Write};
+use std::os::fd::OwnedFd;
 
 use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
@@ -23,8 +24,16 @@ impl Monitor {
             .filter_map(|path| OpenOptions::new().read(true).write(true).open(path).ok())
             .next()
             .context("the lab has no monitor")?;
+        Self::on(OwnedFd::from(port))
+    }
+
+    /// Begins to speak over a connection.
+    ///
+    /// # Errors
+    /// When nobody answers.
+    pub fn on(connection: impl Into<OwnedFd>) -> Result<Self> {
         let mut monitor = Self {
-            port: BufReader::new(port),
+            port: BufReader::new(File::from(connection.into())),
         };
         monitor.ask(&json!({ "execute": "qmp_capabilities" }))?;
         Ok(monitor)
@@ -44,6 +53,15 @@ impl Monitor {
         }))?;
         let text = reply.as_str().unwrap_or_default();
         ensure!(text.starts_with("OK"), "{line}: {reply}");
+        Ok(())
+    }
+
+    /// Presses the guest's power button.
+    ///
+    /// # Errors
+    /// When QEMU does not.
+    pub fn press_power_button(&mut self) -> Result<()> {
+        self.ask(&json!({ "execute": "system_powerdown" }))?;
         Ok(())
     }
 

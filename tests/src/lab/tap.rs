@@ -1,6 +1,7 @@
 //! Taps, and who is at the lab's end of them.
 
 use std::net::{Ipv4Addr, TcpListener, UdpSocket};
+use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 
@@ -22,7 +23,9 @@ impl Tap {
     /// # Errors
     /// When the kernel does not.
     pub fn make(name: &str, number: usize, flags: &[&str]) -> Result<Self> {
-        load("tun")?;
+        if !Path::new("/dev/net/tun").exists() {
+            load("tun")?;
+        }
         run(
             "ip",
             &[&["tuntap", "add", "dev", name, "mode", "tap"], flags].concat(),

@@ -6,9 +6,9 @@ use std::os::unix::fs::MetadataExt;
 use anyhow::{Result, ensure};
 use guest::ledger::Chance;
 use rustix::process::Signal;
+use tests::lab::ledger::{Ledger, await_verified, kill_all, leave_in_peace};
 use tests::lab::{BOOT, Case, HostDevice, Report, SOON};
 
-use crate::ledgers::{Ledger, await_verified, kill_all, leave_in_peace};
 use crate::passthrough::NVME;
 
 /// Bytes in an image.

@@ -7,7 +7,6 @@ mod card;
 mod disk;
 mod endings;
 mod iommufd;
-mod ledgers;
 mod no_kvm;
 mod passthrough;
 mod refusals;
