@@ -73,6 +73,16 @@ impl CommonCpuid {
         CpuId::from_entries(&entries)
     }
 
+    /// Of a VM that is restored.
+    pub(crate) fn from_entries(entries: Vec<kvm_cpuid_entry2>) -> Self {
+        Self { entries }
+    }
+
+    /// All that it tells, for the vCPU with APIC id 0.
+    pub(crate) fn entries(&self) -> &[kvm_cpuid_entry2] {
+        &self.entries
+    }
+
     /// How many bits a guest physical address has.
     pub(crate) fn address_bits(&self) -> u32 {
         /// What a CPU has that does not say (Intel SDM, volume 3, 4.1.4).

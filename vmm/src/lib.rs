@@ -6,8 +6,13 @@ mod acpi;
 mod bars;
 mod boot;
 mod bus;
+mod chips;
+#[cfg_attr(not(test), allow(dead_code, reason = "for snapshots, which come next"))]
+mod clock;
 mod config;
 mod console;
+#[cfg_attr(not(test), allow(dead_code, reason = "for snapshots, which come next"))]
+mod cpu_profile;
 mod cpuid;
 mod ending;
 mod event_loop;
@@ -22,8 +27,11 @@ mod memory;
 mod options;
 mod pci_host;
 mod platform;
+mod saved;
 mod servers;
 mod slots;
+#[cfg(test)]
+mod test_machine;
 mod vcpu;
 mod vcpus;
 mod vm;

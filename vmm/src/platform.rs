@@ -4,13 +4,11 @@ use std::sync::Arc;
 
 use devices::power::{Power, PowerSwitch};
 use devices::{I8042, Serial};
-use kvm_bindings::{
-    KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, kvm_irqchip, kvm_pit_state2,
-};
 use kvm_ioctls::VmFd;
 use pci::Cause;
 
 use crate::bus::Bus;
+use crate::chips::ChipsState;
 use crate::ending::{Ending, Endings};
 use crate::layout;
 
@@ -18,8 +16,7 @@ use crate::layout;
 #[derive(Debug)]
 pub(crate) struct Platform {
     vm: Arc<VmFd>,
-    irqchips: Box<[kvm_irqchip]>,
-    pit: kvm_pit_state2,
+    chips: ChipsState,
     serial: Option<Arc<Serial>>,
 }
 
@@ -37,36 +34,13 @@ impl Platform {
         if let Some(serial) = &serial {
             ports.insert(layout::COM1, serial.clone())?;
         }
-        let chips = [
-            KVM_IRQCHIP_PIC_MASTER,
-            KVM_IRQCHIP_PIC_SLAVE,
-            KVM_IRQCHIP_IOAPIC,
-        ];
-        let irqchips = chips
-            .iter()
-            .map(|&chip_id| {
-                let mut chip = kvm_irqchip {
-                    chip_id,
-                    ..Default::default()
-                };
-                vm.get_irqchip(&mut chip).map(|()| chip)
-            })
-            .collect::<Result<_, _>>()?;
-        let pit = vm.get_pit2()?;
-        Ok(Self {
-            vm,
-            irqchips,
-            pit,
-            serial,
-        })
+        let chips = ChipsState::save(&vm)?;
+        Ok(Self { vm, chips, serial })
     }
 
     /// Puts everything back into its state at power-on. No vCPU runs, and no device has an interrupt.
     pub(crate) fn reset(&self) -> Result<(), Cause> {
-        for chip in &self.irqchips {
-            self.vm.set_irqchip(chip)?;
-        }
-        self.vm.set_pit2(&self.pit)?;
+        self.chips.restore(&self.vm)?;
         if let Some(serial) = &self.serial {
             serial.reset();
         }

@@ -3,7 +3,7 @@
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
-use crate::vcpu::{Vcpu, VcpuError, VcpuThread};
+use crate::vcpu::{Saving, Vcpu, VcpuError, VcpuState, VcpuThread};
 
 /// Pauses and resumes the vCPUs of a VM that another thread runs.
 #[derive(Debug, Clone, Default)]
@@ -32,6 +32,17 @@ impl Vcpus {
         // The lock is not held while waiting, so that a resume can come between.
         let gates: Vec<_> = self.lock().threads.iter().map(VcpuThread::gate).collect();
         gates.iter().all(|gate| gate.wait_parked(deadline))
+    }
+
+    /// Reads the state of all vCPUs, which must be paused and stay so meanwhile. Each reads its own, all at the same time.
+    #[cfg_attr(not(test), allow(dead_code, reason = "for snapshots, which come next"))]
+    pub(crate) fn save(&self) -> Result<Vec<VcpuState>, VcpuError> {
+        let saving: Vec<_> = {
+            let shared = self.lock();
+            let saving = shared.threads.iter().map(VcpuThread::save);
+            saving.collect::<Result<_, _>>()?
+        };
+        saving.into_iter().map(Saving::wait).collect()
     }
 
     /// Lets paused vCPUs go on.

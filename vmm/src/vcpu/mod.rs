@@ -1,11 +1,14 @@
-//! A virtual CPU: what it does when it leaves the guest.
+//! A virtual CPU: what it does when it leaves the guest, and its state when it stands still.
 #![expect(
     unsafe_code,
     reason = "kvm_run is a union, and its I/O data lies beside it"
 )]
 
-mod power_on;
+mod ioctls;
+mod msrs;
+mod state;
 mod thread;
+mod tsc;
 
 use std::ptr;
 use std::sync::Arc;
@@ -18,9 +21,11 @@ use kvm_bindings::{
 use kvm_ioctls::{Kvm, VcpuFd, VmFd};
 use vm_memory::{Bytes, GuestAddress};
 
-pub(crate) use self::power_on::MsrIndices;
-use self::power_on::PowerOnState;
-pub(crate) use self::thread::{VcpuThread, catch_kicks};
+pub(crate) use self::ioctls::XsaveSize;
+use self::state::Scope;
+pub(crate) use self::state::{MsrIndices, VcpuState};
+pub(crate) use self::thread::{Saving, VcpuThread, catch_kicks};
+pub(crate) use self::tsc::{HostTscs, same_frequency};
 use crate::boot::BootState;
 use crate::bus::Bus;
 use crate::cpuid::CommonCpuid;
@@ -28,7 +33,7 @@ use crate::ending::{Ending, Endings};
 use crate::memory::Ram;
 use crate::slots::Slots;
 
-/// Why a vCPU could not be made.
+/// Why a vCPU could not be made, saved or restored.
 #[derive(Debug, thiserror::Error)]
 pub enum VcpuError {
     /// KVM refused a step.
@@ -54,6 +59,62 @@ pub enum VcpuError {
         #[source]
         source: std::io::Error,
     },
+    /// A state is read of a vCPU that may run.
+    #[error("vCPU {vcpu} is not paused")]
+    NotPaused {
+        /// The vCPU.
+        vcpu: u32,
+    },
+    /// A state is read of a vCPU that will not run again.
+    #[error("vCPU {vcpu} has stopped for good, and the VM is about to end")]
+    Halted {
+        /// The vCPU.
+        vcpu: u32,
+    },
+    /// There is more state than any KVM was known to have.
+    #[error("KVM has more {what} of vCPU {vcpu} than can be saved")]
+    TooMuchState {
+        /// What there is too much of.
+        what: &'static str,
+        /// The vCPU.
+        vcpu: u32,
+    },
+    /// A model specific register is not taken.
+    #[error(
+        "KVM does not take {data:#x} for MSR {index:#x} of vCPU {vcpu}, {}: is this host's CPU or kernel another than \
+         that of the host where the VM was saved?",
+        describe_msr(*here)
+    )]
+    Msr {
+        /// Its number.
+        index: u32,
+        /// Its saved value.
+        data: u64,
+        /// Its value now, if it can be read.
+        here: Option<u64>,
+        /// The vCPU.
+        vcpu: u32,
+    },
+    /// The guest's time stamp counter would go back.
+    #[error(
+        "the time stamp counter of vCPU {vcpu} was {saved} when it was saved and would go back to {here}: this host's \
+         KVM cannot set it"
+    )]
+    TscGoesBack {
+        /// Its saved value.
+        saved: u64,
+        /// Its value now.
+        here: u64,
+        /// The vCPU.
+        vcpu: u32,
+    },
+}
+
+fn describe_msr(here: Option<u64>) -> String {
+    match here {
+        Some(here) => format!("which is {here:#x}"),
+        None => "which is not there".into(),
+    }
 }
 
 /// What all vCPUs of a VM have in common.
@@ -72,7 +133,8 @@ pub(crate) struct Vcpu {
     id: u32,
     fd: VcpuFd,
     context: Arc<VcpuContext>,
-    power_on: PowerOnState,
+    scope: Scope,
+    power_on: VcpuState,
     /// Whether KVM_RUN failed the last time, for memory that another vCPU may have found missing, too.
     faulted: bool,
 }
@@ -104,11 +166,13 @@ impl Vcpu {
         let fd = vm.create_vcpu(id.into()).map_err(step("create"))?;
         let cpuid = cpuid.of_vcpu(id).map_err(|_| VcpuError::Cpuid)?;
         fd.set_cpuid2(&cpuid).map_err(step("take the CPUID"))?;
-        let power_on = PowerOnState::save(kvm, &fd, msrs).map_err(step("tell the state"))?;
+        let scope = Scope::new(kvm, &fd, msrs);
+        let power_on = VcpuState::read(&fd, &scope, id)?;
         Ok(Self {
             id,
             fd,
             context,
+            scope,
             power_on,
             faulted: false,
         })
@@ -116,14 +180,26 @@ impl Vcpu {
 
     /// Puts the vCPU back into its state at power-on.
     pub(crate) fn reset(&mut self) -> Result<(), VcpuError> {
-        let vcpu = self.id;
-        self.power_on
-            .restore(&self.fd)
-            .map_err(|source| VcpuError::Step {
-                step: "take the state",
-                vcpu,
-                source,
-            })
+        self.power_on.reset(&self.fd, &self.scope, self.id)
+    }
+
+    /// Reads the state. The vCPU must have [committed](Vcpu::commit) what it was doing, and no other may run.
+    pub(crate) fn save(&self) -> Result<VcpuState, VcpuError> {
+        VcpuState::read(&self.fd, &self.scope, self.id)
+    }
+
+    /// Puts a state into the vCPU, which has not run yet.
+    #[cfg_attr(not(test), allow(dead_code, reason = "for snapshots, which come next"))]
+    pub(crate) fn restore(&mut self, state: &VcpuState) -> Result<(), VcpuError> {
+        state.restore(&self.fd, &self.scope, self.id)?;
+        self.tell_of_pause();
+        Ok(())
+    }
+
+    /// Lets the guest know that it stood still, so that its watchdogs do not take that for a hang.
+    fn tell_of_pause(&self) {
+        // A guest that does not use kvmclock cannot be told.
+        let _ = self.fd.kvmclock_ctrl();
     }
 
     /// Sets the registers that the boot protocol wants. Only the first vCPU boots; it starts the others.

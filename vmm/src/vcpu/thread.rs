@@ -8,6 +8,7 @@ use std::cell::Cell;
 
 use std::ptr;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{self, Receiver, Sender};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::Instant;
@@ -15,7 +16,7 @@ use std::time::Instant;
 use libc::{c_int, c_void, siginfo_t};
 use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
 
-use super::{Next, Vcpu, VcpuError};
+use super::{Next, Vcpu, VcpuError, VcpuState};
 
 thread_local! {
     /// This thread's vCPU's `immediate_exit`, while there is one. (Constant and without a destructor, it is safe to
@@ -40,6 +41,7 @@ pub(crate) fn catch_kicks() -> Result<(), vmm_sys_util::errno::Error> {
 /// A vCPU that runs on a thread of its own.
 #[derive(Debug)]
 pub(crate) struct VcpuThread {
+    id: u32,
     gate: Arc<Gate>,
     thread: JoinHandle<Vcpu>,
 }
@@ -60,7 +62,7 @@ impl VcpuThread {
                 move || run(vcpu, &gate)
             })
             .map_err(|source| VcpuError::Thread { vcpu: id, source })?;
-        Ok(Self { gate, thread })
+        Ok(Self { id, gate, thread })
     }
 
     /// Has the vCPU stop at an instruction boundary, with the access that it was in the middle of completed. It does
@@ -73,6 +75,22 @@ impl VcpuThread {
     /// Tells whether the vCPU is paused.
     pub(crate) fn gate(&self) -> Arc<Gate> {
         self.gate.clone()
+    }
+
+    /// Has a paused vCPU read its state, on its own thread.
+    pub(crate) fn save(&self) -> Result<Saving, VcpuError> {
+        let (sender, receiver) = mpsc::channel();
+        let mut state = self.gate.state();
+        match state.parked {
+            Some(Parked::Paused) => state.save = Some(sender),
+            Some(Parked::Halted) => return Err(VcpuError::Halted { vcpu: self.id }),
+            None => return Err(VcpuError::NotPaused { vcpu: self.id }),
+        }
+        self.gate.changed.notify_all();
+        Ok(Saving {
+            id: self.id,
+            receiver,
+        })
     }
 
     /// Lets a paused vCPU go on.
@@ -97,6 +115,21 @@ impl VcpuThread {
     }
 }
 
+/// A vCPU's state that is being read.
+#[derive(Debug)]
+pub(crate) struct Saving {
+    id: u32,
+    receiver: Receiver<Result<VcpuState, VcpuError>>,
+}
+
+impl Saving {
+    /// Waits for it.
+    pub(crate) fn wait(self) -> Result<VcpuState, VcpuError> {
+        let stopped = VcpuError::NotPaused { vcpu: self.id };
+        self.receiver.recv().unwrap_or(Err(stopped))
+    }
+}
+
 /// Devices are called on this stack.
 const STACK_SIZE: usize = 256 << 10;
 
@@ -111,9 +144,16 @@ fn run(mut vcpu: Vcpu, gate: &Gate) -> Vcpu {
             if next == Next::Run {
                 next = vcpu.commit();
             }
-            match gate.park(next == Next::Halt) {
+            let parked = match next {
+                Next::Run => Parked::Paused,
+                Next::Halt => Parked::Halted,
+            };
+            match gate.park(parked, || vcpu.save()) {
                 Wanted::Stop => break,
-                _ => continue,
+                _ => {
+                    vcpu.tell_of_pause();
+                    continue;
+                }
             }
         }
         next = vcpu.run_once();
@@ -142,7 +182,18 @@ pub(crate) struct Gate {
 #[derive(Debug, Default)]
 struct GateState {
     wanted: Wanted,
-    parked: bool,
+    parked: Option<Parked>,
+    /// Who waits for the vCPU's state.
+    save: Option<Sender<Result<VcpuState, VcpuError>>>,
+}
+
+/// How a vCPU stands still.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Parked {
+    /// It can go on.
+    Paused,
+    /// It cannot.
+    Halted,
 }
 
 impl Gate {
@@ -158,21 +209,32 @@ impl Gate {
         self.interrupted.load(Ordering::Acquire)
     }
 
-    /// Waits until the vCPU is to go on, or to stop; one that is `halted` never goes on.
-    fn park(&self, halted: bool) -> Wanted {
+    /// Waits until the vCPU is to go on, or to stop; one that has halted never goes on. Meanwhile it is saved by `save` for
+    /// those who ask.
+    fn park(&self, parked: Parked, save: impl Fn() -> Result<VcpuState, VcpuError>) -> Wanted {
         let mut state = self.state();
-        state.parked = true;
+        state.parked = Some(parked);
         self.changed.notify_all();
-        let wait = |state: &mut GateState| match state.wanted {
-            Wanted::Run => halted,
-            Wanted::Pause => true,
-            Wanted::Stop => false,
-        };
-        let mut state = self
-            .changed
-            .wait_while(state, wait)
-            .unwrap_or_else(PoisonError::into_inner);
-        state.parked = false;
+        loop {
+            let wait = |state: &mut GateState| match state.wanted {
+                _ if state.save.is_some() => false,
+                Wanted::Run => parked == Parked::Halted,
+                Wanted::Pause => true,
+                Wanted::Stop => false,
+            };
+            state = self
+                .changed
+                .wait_while(state, wait)
+                .unwrap_or_else(PoisonError::into_inner);
+            let Some(sender) = state.save.take() else {
+                break;
+            };
+            drop(state);
+            // Whoever asked may have gone.
+            let _ = sender.send(save());
+            state = self.state();
+        }
+        state.parked = None;
         state.wanted
     }
 
@@ -181,9 +243,9 @@ impl Gate {
         let remaining = deadline.saturating_duration_since(Instant::now());
         let (state, _) = self
             .changed
-            .wait_timeout_while(self.state(), remaining, |state| !state.parked)
+            .wait_timeout_while(self.state(), remaining, |state| state.parked.is_none())
             .unwrap_or_else(PoisonError::into_inner);
-        state.parked
+        state.parked.is_some()
     }
 
     fn state(&self) -> MutexGuard<'_, GateState> {
