@@ -60,7 +60,7 @@ const SECTOR: u32 = 512;
 /// A guest that does these jobs, one after the other, and then waits for ever. It needs 64 MiB of memory.
 ///
 /// # Errors
-/// As of [`guest`].
+/// As of [`guest()`].
 pub fn disk_guest(jobs: &[Job]) -> anyhow::Result<NamedTempFile> {
     guest(|code| {
         let mut fails = code.create_label();
