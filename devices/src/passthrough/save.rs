@@ -6,11 +6,12 @@
 //! controllers. In either case the device then runs (again), and [`resume`](Passthrough::resume) gives everyone what they
 //! have missed.
 
+use std::io::IoSliceMut;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 
 use pci::{BarIndex, Cause, Decoded, TreePath};
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::{ReadWriteFlags, preadv2};
 
 use super::config::{Config, Effects};
 use super::interrupts::{Mode, signal};
@@ -74,14 +75,14 @@ impl Passthrough {
         done.unwrap_or_else(|| Err("the device is busy".into()))
     }
 
-    /// What is to be saved. No vCPU runs, the interrupts are disconnected, and the device is stopped, so that it reads no
-    /// doorbell any more.
+    /// What is to be saved. No vCPU runs, the interrupts are disconnected, and the device is stopped, so that it hears no
+    /// doorbell any more. If it runs here again, [`resume`](Self::resume) rings those that it has not heard.
     pub fn save(&self) -> Result<EndpointState, SaveError> {
         if self.is_lost() {
             return Err(SaveError::Lost);
         }
         let saved = self.in_turn(|wiring| {
-            let mut rung = self.bells.rung();
+            let mut rung = self.bells.take_rung();
             rung.append(&mut wiring.owed);
             rung.sort_unstable();
             rung.dedup();
@@ -179,6 +180,22 @@ fn check_signalled(signalled: &[u16], vectors: u16) -> Result<(), RestoreError> 
     Ok(())
 }
 
+/// Whether a doorbell has been rung; it is quiet then. Events are the server's, which may have made one that blocks, or
+/// read it at the wrong moment: that keeps nobody waiting here.
+fn was_rung(doorbell: &Doorbell) -> bool {
+    /// As read(2) does.
+    const AT_CURRENT_POSITION: u64 = u64::MAX;
+    let mut count = [0; 8];
+    let mut buffers = [IoSliceMut::new(&mut count)];
+    let read = preadv2(
+        &doorbell.event,
+        &mut buffers,
+        AT_CURRENT_POSITION,
+        ReadWriteFlags::NOWAIT,
+    );
+    read.is_ok()
+}
+
 impl Bells {
     pub(super) fn new(probe: &Probe) -> Self {
         let mut bells = Vec::new();
@@ -192,13 +209,9 @@ impl Bells {
         Self(bells)
     }
 
-    /// Those that have been rung and not been heard. They stay so.
-    fn rung(&self) -> Vec<RungDoorbell> {
-        let is_rung = |doorbell: &Doorbell| {
-            let mut fds = [PollFd::new(&doorbell.event, PollFlags::IN)];
-            poll(&mut fds, Some(&Timespec::default())).is_ok_and(|ready| ready > 0)
-        };
-        let rung = self.0.iter().filter(|(_, doorbell)| is_rung(doorbell));
+    /// Takes those that have been rung and not been heard.
+    fn take_rung(&self) -> Vec<RungDoorbell> {
+        let rung = self.0.iter().filter(|(_, doorbell)| was_rung(doorbell));
         rung.map(|(bell, _)| *bell).collect()
     }
 

@@ -159,3 +159,6 @@ impl PciHost {
         self.devices.iter().find(|device| device.id() == id)
     }
 }
+
+#[cfg(test)]
+mod tests;
