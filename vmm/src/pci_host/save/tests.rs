@@ -7,11 +7,13 @@ use std::time::{Duration, Instant};
 
 use device_servers::demo;
 use devices::{DeviceState, Fallback, Next, transition};
-use kvm_ioctls::VcpuFd;
+use kvm_bindings::{KVM_IRQCHIP_IOAPIC, kvm_irqchip};
+use kvm_ioctls::{VcpuFd, VmFd};
 use pci::Endpoint as _;
 use tempfile::TempDir;
 use vfio_user_server::{Listener, Stopper};
 use vm_memory::{Bytes, GuestAddress};
+use zerocopy::{FromBytes, IntoBytes};
 
 use super::PciState;
 use crate::bars::Space;
@@ -33,6 +35,7 @@ const MSIX: u64 = CONFIG + 0xb0;
 /// Registers of the demo device.
 const SCRATCH: u64 = 0x08;
 const RAISE: u64 = 0x10;
+const INTX: u64 = 0x14;
 const RUNG: u64 = 0x80;
 const DOORBELL: u64 = 0x800;
 /// What vector 0 sends.
@@ -42,6 +45,7 @@ const SIZE: u64 = 16 << 20;
 
 /// Enough of a machine for a device: RAM, buses, interrupt controllers, and a vCPU that never runs.
 struct Board {
+    vm: Arc<VmFd>,
     memory: Memory,
     bus: Arc<Bus>,
     interrupts: Interrupts,
@@ -116,6 +120,7 @@ impl Board {
             .unwrap();
         let vcpu = vm.create_vcpu(0).unwrap();
         let board = Self {
+            vm,
             memory,
             bus,
             interrupts,
@@ -175,6 +180,23 @@ impl Board {
         lapic.regs[0xf0] = -1;
         lapic.regs[0xf1] = 1;
         self.vcpu.set_lapic(&lapic).unwrap();
+    }
+
+    /// Has a pin of the I/O APIC send a vector while it is asserted, as if it was not now.
+    fn route_pin(&self, gsi: u32, vector: u8) {
+        /// Where `struct kvm_irqchip` has the redirection table.
+        const TABLE: usize = 8 + 24;
+        const LEVEL_TRIGGERED: u64 = 1 << 15;
+        let mut chip = kvm_irqchip {
+            chip_id: KVM_IRQCHIP_IOAPIC,
+            ..Default::default()
+        };
+        self.vm.get_irqchip(&mut chip).unwrap();
+        let mut bytes = chip.as_bytes().to_vec();
+        let entry = LEVEL_TRIGGERED | u64::from(vector);
+        bytes[TABLE + 8 * gsi as usize..][..8].copy_from_slice(&entry.to_le_bytes());
+        let chip = kvm_irqchip::read_from_bytes(&bytes).unwrap();
+        self.vm.set_irqchip(&chip).unwrap();
     }
 
     fn go_to(&self, state: DeviceState) {
@@ -262,6 +284,55 @@ fn a_bus_goes_on_in_another_vm_with_nothing_lost_and_nothing_twice() {
         assert_eq!(board.read(registers + RUNG), 1);
     }
     assert_eq!(here.pci.save().unwrap().endpoints.len(), 1);
+}
+
+#[test]
+fn a_wired_interrupt_is_there_as_long_as_the_device_holds_it() {
+    const PIN: u8 = 0x60;
+    let (Some(there), Some(here)) = (Board::new(), Board::new()) else {
+        return;
+    };
+    // Pin A of device 1.
+    let gsi = layout::PCI_INTX_GSI + 1;
+    let has = |board: &Board| board.has(PIN.into());
+    let gets = |board: &Board| board.gets(PIN.into());
+    for board in [&there, &here] {
+        board.route_pin(gsi, PIN);
+    }
+    there.write(CONFIG + 4, 6);
+    let registers = there.registers();
+    there.write(registers + INTX, 1);
+    assert!(gets(&there));
+    // The guest has not served it when it is stopped. (Its vCPU knows nothing of it here.)
+    there.pci.disconnect_interrupts().unwrap();
+    there.go_to(DeviceState::StopCopy);
+    let saved = there.pci.save().unwrap();
+    let mut data = vec![0; 1 << 20];
+    let migration = there.pci.devices()[0].migration().unwrap();
+    let length = migration.read(&mut data).unwrap().length;
+
+    here.go_to(DeviceState::Resuming);
+    here.pci.restore(&saved).unwrap();
+    let migration = here.pci.devices()[0].migration().unwrap();
+    migration.write(&data[..length]).unwrap();
+    for board in [&here, &there] {
+        board.forget_interrupts();
+        board.route_pin(gsi, PIN);
+        board.go_to(DeviceState::Running);
+        assert!(!has(board));
+        board.pci.resume();
+        assert!(gets(board));
+        // And it is not if it does not.
+        board.write(registers + INTX, 0);
+        board.pci.disconnect_interrupts().unwrap();
+        board.forget_interrupts();
+        board.route_pin(gsi, PIN);
+        board.pci.resume();
+        assert_eq!(board.read(registers + INTX), 0);
+        assert!(!has(board));
+        board.write(registers + INTX, 1);
+        assert!(gets(board));
+    }
 }
 
 #[test]
