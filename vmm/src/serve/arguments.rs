@@ -72,6 +72,10 @@ pub(crate) struct DiskArguments {
     #[arg(long)]
     direct: bool,
 
+    /// Leave the image to the disk whose state is going to come, and has it now
+    #[arg(long)]
+    incoming: bool,
+
     /// How many queues it has
     #[arg(long, value_name = "NUMBER")]
     num_queues: Option<u16>,
@@ -91,6 +95,7 @@ impl DiskArguments {
         disk::Options {
             readonly: self.readonly,
             direct: self.direct,
+            incoming: self.incoming,
             num_queues: self.num_queues.unwrap_or(usual.num_queues),
             queue_size: self.queue_size.unwrap_or(usual.queue_size),
             serial: self.serial.clone().unwrap_or_default(),
