@@ -25,6 +25,8 @@ pub(super) struct Image {
     /// Bytes in it.
     pub(super) size: u64,
     pub(super) readonly: bool,
+    /// Whether the page cache is passed by.
+    pub(super) direct: bool,
     pub(super) geometry: Geometry,
     /// Why the pages that this host caches may be other than those of another, if they may.
     caches_apart: Option<String>,
@@ -116,6 +118,7 @@ impl Image {
             path: path.into(),
             size,
             readonly,
+            direct,
             geometry,
             caches_apart,
             is_locked: AtomicBool::new(false),

@@ -6,6 +6,7 @@
 
 use std::fs::File;
 use std::io;
+use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, AsRawFd};
 use std::sync::Arc;
 
@@ -115,6 +116,23 @@ impl Ring {
         result
     }
 
+    /// Writes memory of the guest in this thread, and returns when that is done. With `nowait`, it fails rather than wait:
+    /// with `EOPNOTSUPP`, if the file system cannot do it like this at all.
+    pub(super) fn write(&self, pieces: &GuestPieces, offset: u64, nowait: bool) -> io::Result<u32> {
+        let iovecs = &pieces.iovecs;
+        let count = i32::try_from(iovecs.len()).map_err(io::Error::other)?;
+        let offset = i64::try_from(offset).map_err(io::Error::other)?;
+        let flags = if nowait { libc::RWF_NOWAIT } else { 0 };
+        let fd = self.image.as_raw_fd();
+        // SAFETY: the descriptor is open, and there are as many pieces as that. They are mapped as long as the view of the
+        // guest's memory is there that they are borrowed with, and are only read.
+        let count = unsafe { libc::pwritev2(fd, iovecs.as_ptr(), count, offset, flags) };
+        if count < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        u32::try_from(count).map_err(io::Error::other)
+    }
+
     /// Says from now on when a descriptor is, or becomes, readable, by a number of the caller's. It has to be open until
     /// the next [`wait`](Self::wait), and is not read.
     pub(super) fn watch(&mut self, fd: &impl AsFd, number: u16) -> io::Result<()> {
@@ -142,7 +160,21 @@ impl Ring {
 
     /// Submits what has been started, and waits for an event.
     pub(super) fn wait(&mut self) -> io::Result<()> {
-        match self.uring.submit_and_wait(1) {
+        self.enter(1)
+    }
+
+    /// Submits what has been started, and has the kernel do what it has put off, without waiting.
+    pub(super) fn submit(&mut self) -> io::Result<()> {
+        let queue = self.uring.submission();
+        if queue.is_empty() && !queue.taskrun() && !queue.cq_overflow() {
+            return Ok(());
+        }
+        drop(queue);
+        self.enter(0)
+    }
+
+    fn enter(&self, events: usize) -> io::Result<()> {
+        match self.uring.submit_and_wait(events) {
             Ok(_) => Ok(()),
             Err(error) => match error.raw_os_error() {
                 // Interrupted, or there are events to be taken first: the caller looks, and waits again.
@@ -212,6 +244,16 @@ impl std::fmt::Debug for Ring {
     }
 }
 
+/// How often this thread has waited for something.
+pub(super) fn waits() -> i64 {
+    let mut usage = MaybeUninit::zeroed();
+    // SAFETY: there is room for what is written.
+    unsafe { libc::getrusage(libc::RUSAGE_THREAD, usage.as_mut_ptr()) };
+    // SAFETY: all of it are numbers, which may be 0.
+    let usage: libc::rusage = unsafe { usage.assume_init() };
+    usage.ru_nvcsw
+}
+
 /// Memory of the guest, in the order of its use. It stays mapped as long as this is there.
 #[derive(Debug)]
 pub(super) struct GuestPieces {
@@ -222,6 +264,11 @@ pub(super) struct GuestPieces {
 }
 
 impl GuestPieces {
+    /// Bytes in all of it.
+    pub(super) fn length(&self) -> usize {
+        self.iovecs.iter().map(|piece| piece.iov_len).sum()
+    }
+
     /// The pieces that are the segments. `None` if some are not mapped, not aligned as the image wants it, or there are
     /// too many of them.
     pub(super) fn new(view: &View, segments: &[Segment], geometry: &Geometry) -> Option<Self> {
@@ -367,12 +414,14 @@ fn build(entries: u32) -> io::Result<IoUring> {
     let newest = IoUring::builder()
         .setup_single_issuer()
         .setup_defer_taskrun()
+        .setup_taskrun_flag()
         .setup_r_disabled()
         .build(entries);
     let uring = newest.or_else(|_| {
         let mut builder = IoUring::builder();
         builder
             .setup_coop_taskrun()
+            .setup_taskrun_flag()
             .setup_r_disabled()
             .build(entries)
     })?;

@@ -3,13 +3,15 @@
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Instant;
 
+use super::at_once::{AtOnce, MAX_LENGTH};
 use super::config::writes_through;
 use super::error::DiskError;
 use super::image::Image;
 use super::job::{Context, Job, SERIAL, Step};
 use super::request::Request;
-use super::ring::{Event, Memory, Ring};
+use super::ring::{Event, Memory, Operation, Ring, waits};
 use crate::virtio::guest::Guest;
 use crate::virtio::{Activation, Service, Stop, VirtQueue};
 
@@ -23,6 +25,12 @@ pub(super) struct DiskService {
     free: Vec<u16>,
     /// How many of them go through a buffer.
     buffered: usize,
+    /// Which writes are not for the ring.
+    at_once: AtOnce,
+    /// How often the thread had waited for something when it began to take requests.
+    waits: i64,
+    /// Bytes that have been written without it since the driver was last interrupted.
+    written: usize,
     /// Whether the ring cannot be used any more.
     has_failed: bool,
 }
@@ -47,6 +55,12 @@ enum Rest {
     Something,
 }
 
+/// Most requests that are taken before those which were taken earlier go on, and most bytes that are written meanwhile. The
+/// driver deals with what is done while more is being done: with many at a time it would wait, and with few be interrupted
+/// too often.
+const BATCH: u16 = 8;
+const BATCH_BYTES: usize = 256 << 10;
+
 /// Most requests that go through a buffer at a time, of 256 KiB each.
 const MAX_BUFFERED: usize = 64;
 
@@ -57,12 +71,20 @@ const STOP: u16 = 1;
 impl DiskService {
     /// A service for a queue of up to `size` entries.
     pub(super) fn new(shared: Arc<Shared>, size: u16) -> Result<Self, DiskError> {
+        let at_once = if shared.image.direct {
+            AtOnce::Never
+        } else {
+            AtOnce::Untried
+        };
         Ok(Self {
             ring: Ring::new(size, Arc::clone(&shared.image.file)).map_err(DiskError::Ring)?,
             shared,
             jobs: (0..size).map(|_| None).collect(),
             free: (0..size).rev().collect(),
             buffered: 0,
+            at_once,
+            waits: 0,
+            written: 0,
             has_failed: false,
         })
     }
@@ -82,11 +104,12 @@ impl DiskService {
             }
             if rest != Rest::Nothing && !is_stopping {
                 rest = self.take(queue, features)?;
-                if rest == Rest::Something {
-                    continue;
-                }
             }
-            self.ring.wait()?;
+            if rest == Rest::Something && !is_stopping {
+                self.ring.submit()?;
+            } else {
+                self.ring.wait()?;
+            }
             if self.handle_events(queue, features, stop)? {
                 rest = Rest::Something;
             }
@@ -94,12 +117,18 @@ impl DiskService {
         self.ring.end_watches(&[DOORBELL, STOP])
     }
 
-    /// Takes requests out of the queue, as many as it has entries at most, and starts them.
+    /// Takes a few requests out of the queue, and starts them.
     fn take(&mut self, queue: &mut VirtQueue, features: u64) -> io::Result<Rest> {
         let guest = queue.guest();
         queue.disable_notifications(&guest.view);
+        if self.at_once != AtOnce::Never {
+            self.waits = waits();
+        }
         let mut rest = Rest::Something;
-        for _ in 0..queue.size() {
+        for _ in 0..BATCH {
+            if self.written >= BATCH_BYTES {
+                break;
+            }
             if self.free.is_empty() || self.buffered >= MAX_BUFFERED {
                 rest = Rest::Waits;
                 break;
@@ -111,6 +140,7 @@ impl DiskService {
         }
         // Those that were over at once.
         queue.interrupt(&guest.view);
+        self.written = 0;
         if rest == Rest::Nothing && queue.enable_notifications(&guest.view) {
             rest = Rest::Something;
         }
@@ -192,18 +222,57 @@ impl DiskService {
         queue: &mut VirtQueue,
         context: &Context<'_>,
     ) -> io::Result<()> {
-        match job.step(context) {
-            Step::Finish { written } => queue.push(&job.guest.view, job.head, written),
-            Step::Start(operation, memory) => {
-                let slot = self.free.pop().ok_or(io::ErrorKind::ResourceBusy)?;
-                self.buffered += usize::from(matches!(memory, Memory::Own(_)));
-                self.ring.start(slot, operation, memory)?;
-                if let Some(place) = self.jobs.get_mut(usize::from(slot)) {
-                    *place = Some(job);
+        loop {
+            match job.step(context) {
+                Step::Finish { written } => {
+                    queue.push(&job.guest.view, job.head, written);
+                    return Ok(());
+                }
+                Step::Start(operation, memory) => {
+                    if let Some(result) = self.write_at_once(operation, &memory) {
+                        job.done(&memory, result);
+                        continue;
+                    }
+                    let slot = self.free.pop().ok_or(io::ErrorKind::ResourceBusy)?;
+                    self.buffered += usize::from(matches!(memory, Memory::Own(_)));
+                    self.ring.start(slot, operation, memory)?;
+                    if let Some(place) = self.jobs.get_mut(usize::from(slot)) {
+                        *place = Some(job);
+                    }
+                    return Ok(());
                 }
             }
         }
-        Ok(())
+    }
+
+    /// Does a write without the ring, if that is the better way. `None` if it is not.
+    fn write_at_once(&mut self, operation: Operation, memory: &Memory) -> Option<io::Result<u32>> {
+        let (Operation::Write { offset, durable }, Memory::Guest(pieces)) = (operation, memory)
+        else {
+            return None;
+        };
+        let length = pieces.length();
+        if durable || self.at_once == AtOnce::Never || length > MAX_LENGTH {
+            return None;
+        }
+        let begin = Instant::now();
+        if !self.at_once.is_due(begin) {
+            return None;
+        }
+        if self.at_once == AtOnce::Untried {
+            let result = self.ring.write(pieces, offset, true);
+            let error = result.as_ref().err().and_then(io::Error::raw_os_error);
+            if error != Some(libc::EOPNOTSUPP) {
+                self.at_once = AtOnce::Never;
+                return result.ok().map(Ok);
+            }
+        }
+        let result = self.ring.write(pieces, offset, false);
+        let before = self.waits;
+        self.at_once
+            .note(begin, Instant::now(), || waits() != before);
+        self.written += length;
+        Some(result)
     }
 
     fn is_idle(&self) -> bool {

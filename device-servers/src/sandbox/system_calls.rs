@@ -84,9 +84,11 @@ const EVERY_IF: &[Only] = &[
 const DISK: &[c_long] = &[
     libc::SYS_fadvise64,
     libc::SYS_fdatasync,
+    libc::SYS_getrusage,
     libc::SYS_io_uring_enter,
     libc::SYS_io_uring_register,
     libc::SYS_io_uring_setup,
+    libc::SYS_pwritev2,
 ];
 
 /// What a network card needs besides: packets, and the netlink socket that tells of the tap's link.
