@@ -45,6 +45,30 @@ fn a_reset_waits_for_what_is_under_way_and_forgets_the_rest() {
 }
 
 #[test]
+fn a_queue_is_stopped_whatever_its_thread_is_doing() {
+    let image = Image::new();
+    let mut disk = Disk::new(&image.options(), USUAL);
+    let ram = disk.ram().clone();
+    for round in 0..500_u32 {
+        let mut load = Load::new(u64::from(round) + 1, 0..1000, BUFFERS, 1);
+        match round % 3 {
+            0 => disk.queues[0].kick(),
+            1 => load.fill(&mut disk.queues[0], &ram),
+            _ => {}
+        }
+        // From when it has not yet slept to when it has slept again.
+        let moment = Instant::now() + Duration::from_micros(u64::from(round % 80));
+        while Instant::now() < moment {
+            std::hint::spin_loop();
+        }
+        // The answer comes when the thread has stopped. Without, this fails.
+        disk.machine.set_status(0);
+        disk.queues = disk.machine.start(USUAL, 1, 256);
+    }
+    assert_eq!(disk.read(8 * 2000, 512), (OK, pattern(8 * 2000, 0)));
+}
+
+#[test]
 fn a_single_queue_is_reset() {
     const RING_RESET: u64 = 1 << 40;
     let image = Image::new();

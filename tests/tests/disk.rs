@@ -49,6 +49,27 @@ fn write_and_read(job: Job) -> Vec<u8> {
     fs::read(image.path()).unwrap()
 }
 
+/// As [`write_and_read`], with a server of the VM's own.
+fn write_and_read_in_sandbox(job: Job) -> Vec<u8> {
+    let image = NamedTempFile::new().unwrap();
+    image.as_file().set_len(SIZE).unwrap();
+    let reads = Job {
+        writes: false,
+        ..job
+    };
+    let kernel = disk_guest(&[job, reads]).unwrap();
+    let kernel = kernel.path().to_str().unwrap();
+    let disk = format!("path={}", image.path().display());
+    let arguments = ["--kernel", kernel, "--memory", "size=64M", "--disk", &disk];
+    let mut vm = outrigger::start(&arguments).unwrap();
+    for character in [BEGIN, END, BEGIN, END] {
+        expect(&mut vm, character);
+    }
+    vm.kill().unwrap();
+    outrigger::wait(vm).unwrap();
+    fs::read(image.path()).unwrap()
+}
+
 /// Expects every piece of the image to say where it is, at both ends, and to be the same as all others in between.
 fn expect_stamps(image: &[u8], length: usize) {
     let first = image.get(4..length - 4).unwrap();
@@ -78,6 +99,7 @@ fn steady_io_sends_no_message_and_has_its_data_right() {
         size: SIZE,
     };
     expect_stamps(&write_and_read(short), 4096);
+    expect_stamps(&write_and_read_in_sandbox(short), 4096);
     let one_at_a_time = Job {
         depth: 1,
         random: true,
