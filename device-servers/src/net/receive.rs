@@ -25,6 +25,7 @@ pub(super) struct Receiver {
     expected: usize,
     /// Whether a packet may be in several buffers.
     mergeable: bool,
+    rhythm: Rhythm,
 }
 
 /// How long a packet is always expected to be: one that is not merged by anybody.
@@ -37,6 +38,7 @@ impl Receiver {
             held: 0,
             expected: USUAL,
             mergeable: false,
+            rhythm: Rhythm::default(),
         }
     }
 
@@ -52,8 +54,11 @@ impl Receiver {
         let guest = queue.guest();
         queue.disable_notifications(&guest.view);
         let mut pool = Pool::new(self.mergeable);
-        let mut wait = Wait::No;
-        for _ in 0..BATCH {
+        let most = self.rhythm.most();
+        // If only one is read, the wait tells whether there are more.
+        let mut wait = if most == 1 { Wait::Tap } else { Wait::No };
+        let mut count = 0;
+        for _ in 0..most {
             let result = if self.held == 0 {
                 self.read(&mut pool, queue, &guest, tap)
             } else {
@@ -67,7 +72,9 @@ impl Receiver {
                 wait = Wait::Driver;
                 break;
             }
+            count += 1;
         }
+        self.rhythm.came(count);
         queue.unpop(pool.len());
         queue.interrupt(&guest.view);
         wait
@@ -134,6 +141,39 @@ impl Receiver {
         finish(&used, queue, guest);
         self.held = 0;
         true
+    }
+}
+
+/// Whether packets come alone or several at a time.
+///
+/// To read until there are no more takes one system call in vain each time. For packets that come alone, as answers do,
+/// that would be every other one.
+#[derive(Debug, Default)]
+struct Rhythm {
+    /// How often in a row a packet was alone.
+    alone: u32,
+}
+
+impl Rhythm {
+    /// How many packets to read before the next wait.
+    fn most(&self) -> usize {
+        // How often a packet has to be alone, and how often it is looked whether that is still so.
+        const USUALLY: u32 = 4;
+        const SOMETIMES: u32 = 8;
+        if self.alone < USUALLY || self.alone.is_multiple_of(SOMETIMES) {
+            BATCH
+        } else {
+            1
+        }
+    }
+
+    /// So many came since the last wait.
+    fn came(&mut self, count: usize) {
+        match count {
+            0 => {}
+            1 => self.alone = self.alone.wrapping_add(1),
+            _ => self.alone = 0,
+        }
     }
 }
 
@@ -276,4 +316,35 @@ fn finish(used: &[Used<'_>], queue: &mut VirtQueue, guest: &Guest) {
         (used.buffer.head, written)
     });
     queue.push_together(&guest.view, written);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_stream_is_read_in_batches_and_packets_alone_are_not_asked_for_more() {
+        let mut rhythm = Rhythm::default();
+        // The system calls that it takes to read so many packets one after the other: a wait, and reads with one in vain.
+        let calls = |rhythm: &mut Rhythm, packets: u32| -> u32 {
+            let call = |_| {
+                let calls = if rhythm.most() == 1 { 2 } else { 3 };
+                rhythm.came(1);
+                calls
+            };
+            (0..packets).map(call).sum()
+        };
+        assert!(calls(&mut rhythm, 800) < 800 * 9 / 4);
+        // A stream is noticed soon.
+        let noticed = (0..8).find(|_| {
+            let most = rhythm.most();
+            rhythm.came(most.min(20));
+            most == BATCH
+        });
+        assert!(noticed.is_some());
+        assert_eq!(rhythm.most(), BATCH);
+        // Nothing says nothing.
+        rhythm.came(0);
+        assert_eq!(rhythm.most(), BATCH);
+    }
 }
