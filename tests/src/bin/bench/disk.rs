@@ -3,6 +3,9 @@
 //! A guest of a few hundred instructions drives the queue. Both VMMs run the same file, with the same image, one vCPU
 //! and one thread for the disk. A ratio is made of two runs, one right after the other, so that what else goes on in the
 //! machine disturbs few of them.
+//!
+//! Outrigger's server is in a session of its own, which is a group of its own for the scheduler. On a busy machine that
+//! slows it down, whatever its priority: figures from there mean something with `kernel.sched_autogroup_enabled=0` only.
 
 use std::fs::File;
 use std::io::Write;
