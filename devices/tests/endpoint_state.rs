@@ -322,6 +322,32 @@ fn a_device_that_does_not_go_along_is_as_after_a_reset() {
     assert_eq!(seen(&here), seen(&Rig::new()));
 }
 
+#[test]
+fn what_has_been_restored_is_brought_up_to_date() {
+    let there = Rig::new();
+    there.enable_msix(&[0, 1]);
+    there.endpoint.disconnect_interrupts().unwrap();
+    there.device.signal(Irq::Msix, 0);
+    let early = there.endpoint.save().unwrap();
+    there.endpoint.resume().unwrap();
+    there.machine.delivered();
+    there.endpoint.config_write(0x14, &0x2000_u32.to_le_bytes());
+    there.endpoint.disconnect_interrupts().unwrap();
+    there.device.signal(Irq::Msix, 1);
+    let late = there.endpoint.save().unwrap();
+
+    let here = Rig::new();
+    here.endpoint.restore(&early).unwrap();
+    assert_eq!(here.machine.take_maps(), 2);
+    here.endpoint.restore(&late).unwrap();
+    // Only one of the two has moved.
+    assert_eq!(here.machine.take_maps(), 1);
+    assert_eq!(here.machine.mapped(), there.machine.mapped());
+    assert_eq!(here.endpoint.save().unwrap(), late);
+    here.endpoint.resume().unwrap();
+    assert_eq!(here.machine.delivered(), [0x41]);
+}
+
 /// A guest may put a BAR where none can be, which does not keep it from being moved.
 #[test]
 fn a_bar_that_is_nowhere_stays_so() {

@@ -10,7 +10,7 @@ use std::io::IoSliceMut;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 
-use pci::{BarIndex, Cause, Decoded, TreePath};
+use pci::{BarIndex, Cause, TreePath};
 use rustix::io::{ReadWriteFlags, preadv2};
 
 use super::config::{Config, Effects};
@@ -102,6 +102,9 @@ impl Passthrough {
     /// Takes over what was saved, as far as the VMM is concerned: registers, mapped BARs, interrupts, which stay
     /// disconnected until [`resume`](Self::resume). No vCPU runs. The device runs, or its data can be written: not every
     /// server lets its interrupts be set up otherwise. The guest's memory is left alone.
+    ///
+    /// It can be done again with a newer state: what takes most of the time, BARs with their doorbells and memory slots,
+    /// then stays where it is as far as it is the same.
     pub fn restore(&self, state: &EndpointState) -> Result<(), RestoreError> {
         if self.is_lost() {
             return Err(RestoreError::Lost);
@@ -133,8 +136,8 @@ impl Passthrough {
         config: Config,
         state: &EndpointState,
     ) -> Result<(), RestoreError> {
-        self.unmap(wiring, &Decoded::default());
-        wiring.mapped = Decoded::default();
+        let (mode, decoded) = (Mode::of(&config), config.decoded());
+        self.unmap(wiring, &decoded);
         let interrupts = &mut wiring.interrupts;
         interrupts
             .disable(self.backend.as_ref())
@@ -142,7 +145,6 @@ impl Passthrough {
         interrupts
             .disconnect()
             .map_err(RestoreError::step("disconnect its interrupts"))?;
-        let (mode, decoded) = (Mode::of(&config), config.decoded());
         let effects = Effects {
             messages: mode.messages(&config),
             forward: config.visible_to_device(),

@@ -272,6 +272,8 @@ pub(crate) struct Machine(Arc<Mutex<Board>>);
 #[derive(Debug, Default)]
 struct Board {
     mapped: BTreeMap<BarIndex, u64>,
+    /// How often a BAR has been mapped.
+    maps: usize,
     /// Where a BAR cannot be mapped.
     taken: Option<u64>,
     group: Option<Arc<Group>>,
@@ -282,6 +284,11 @@ impl Machine {
     /// What is mapped where.
     pub(crate) fn mapped(&self) -> BTreeMap<BarIndex, u64> {
         self.0.lock().unwrap().mapped.clone()
+    }
+
+    /// How often a BAR has been mapped since the last time.
+    pub(crate) fn take_maps(&self) -> usize {
+        std::mem::take(&mut self.0.lock().unwrap().maps)
     }
 
     /// Lets nothing be mapped at this address.
@@ -312,6 +319,7 @@ impl BarMapper for Machine {
             return Err("something else is there".into());
         }
         board.mapped.insert(bar, address);
+        board.maps += 1;
         Ok(())
     }
 
