@@ -9,7 +9,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use vfio_user_client::{
-    Client, ConnError, DeviceState, DmaAccess, GuestDma, IoEvent, Loss, Options, State,
+    Client, ConnError, Counters, DeviceState, DmaAccess, GuestDma, IoEvent, Loss, Options, State,
 };
 
 use self::migration::RemoteMigration;
@@ -55,6 +55,11 @@ impl Remote {
             resettable: info.resettable,
             migration,
         })
+    }
+
+    /// What has happened on the connection so far.
+    pub fn counters(&self) -> Counters {
+        self.client.counters()
     }
 
     /// Serves what the server has sent while nobody waited for it. To be called when the descriptor is readable; an

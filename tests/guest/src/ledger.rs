@@ -126,14 +126,14 @@ impl Plan {
     /// What a generation of a region writes.
     #[must_use]
     pub fn runs(&self, region: usize, generation: u64) -> Vec<Run> {
-        const MOST: u64 = 16;
+        const MOST: u64 = 12;
         let mut chance = Chance::new(self.seed ^ (region as u64) << 48 ^ generation << 8);
         let count = 1 + chance.below(MOST);
         let run = |_| {
             // Most are small. The longest are longer than what goes through a buffer of the server at once.
-            let length = match chance.below(16) {
-                0 => 1 + chance.below(1024),
-                1..4 => 1 + chance.below(128),
+            let length = match chance.below(32) {
+                0 => 1 + chance.below(640),
+                1..5 => 1 + chance.below(64),
                 _ => 1 + chance.below(16),
             };
             let length = length.min(self.sectors);

@@ -113,7 +113,7 @@ pub fn await_verified(vm: &mut Process, ledgers: &[Ledger]) -> Result<()> {
 /// # Errors
 /// When it does not.
 pub fn await_flushes(vm: &mut Process, ledgers: &[Ledger]) -> Result<()> {
-    const FLUSHES: usize = 6;
+    const FLUSHES: usize = 4;
     let mut flushes = HashMap::<_, usize>::new();
     while flushes.len() < ledgers.len() || flushes.values().any(|count| *count < FLUSHES) {
         *flushes.entry(flushed_disk(vm)?).or_default() += 1;

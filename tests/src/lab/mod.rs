@@ -2,6 +2,7 @@
 //! suite that runs the cases. Nothing in here sleeps for a fixed time: a test waits for an event, up to a deadline.
 
 mod case;
+mod cost;
 mod counters;
 mod host;
 mod kernel_log;
@@ -14,6 +15,7 @@ mod suite;
 mod tap;
 
 pub use self::case::{BOOT, Case, Images, NOBODY, SOON, user_device};
+pub use self::cost::{Cost, Counts, Meter};
 pub use self::counters::{Counters, Trips};
 pub use self::host::{HostDevice, Mtty, join_wire, load, run};
 pub use self::monitor::Monitor;

@@ -5,7 +5,7 @@ use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use guest::stream::{Order, PORT};
 
 use super::host::{load, run};
@@ -96,11 +96,20 @@ pub struct Peer {
 }
 
 impl Peer {
-    /// Begins to answer.
+    /// Begins to answer, if nobody does yet.
     ///
     /// # Errors
     /// When the port is somebody else's.
     pub fn start() -> Result<Self> {
+        static PEER: Mutex<Option<Peer>> = Mutex::new(None);
+        let mut peer = PEER.lock().unwrap_or_else(PoisonError::into_inner);
+        if peer.is_none() {
+            *peer = Some(Self::listen()?);
+        }
+        peer.clone().context("nobody answers")
+    }
+
+    fn listen() -> Result<Self> {
         let any = (Ipv4Addr::UNSPECIFIED, PORT);
         let (streams, packets) = (TcpListener::bind(any)?, UdpSocket::bind(any)?);
         let failures = Arc::new(Mutex::new(Vec::new()));

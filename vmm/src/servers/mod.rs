@@ -12,6 +12,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use devices::{Backend as _, Remote};
+use vfio_user_client::Counters;
 
 use self::built_in::BuiltIn;
 use self::process::is_readable;
@@ -202,8 +203,19 @@ impl Servers {
 impl Drop for Servers {
     /// When a VM has ended, nobody has its images any more: the next may start with them at once.
     fn drop(&mut self) {
-        for (_, remote) in &self.0 {
+        for (process, remote) in &self.0 {
             remote.close();
+            let Counters {
+                calls,
+                posts,
+                served,
+                ..
+            } = remote.counters();
+            log::debug!(
+                "{}: {} messages to its server, and {served} from it",
+                process.id(),
+                calls + posts
+            );
         }
         let deadline = Instant::now() + PATIENCE;
         for (process, _) in &self.0 {

@@ -63,6 +63,11 @@ impl Process {
         }
     }
 
+    /// What its device is called.
+    pub(super) fn id(&self) -> &str {
+        &self.id
+    }
+
     /// Waits until `deadline` for the process to end by itself. After that, it is killed.
     pub(super) fn finish(&self, deadline: Instant) {
         match self.wait(deadline) {

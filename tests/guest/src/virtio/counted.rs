@@ -1,7 +1,7 @@
 //! I/O of one kind after the other, for a test that counts what each costs.
 //!
 //! `READY KIND` says that a kind comes next, when a line has been typed. `COUNTED KIND NUMBER` says that it is done, and
-//! how many requests or packets it was, or pieces of 64 KiB. `COUNTED ALL` is the last line.
+//! how many requests or packets it was, or pieces of 64 KiB. Behind the last is the kind `end`, when it ends.
 
 use std::fs::File;
 use std::io;
@@ -53,14 +53,19 @@ pub(crate) fn all() -> Result<()> {
             order.carry_out(card.connect()?).map(|()| BULK / PIECE)
         })?;
     }
-    println!("COUNTED ALL");
+    ready("end")
+}
+
+/// Waits for a line.
+fn ready(kind: &str) -> Result<()> {
+    println!("READY {kind}");
+    let mut line = String::new();
+    ensure!(io::stdin().read_line(&mut line)? > 0, "nobody types");
     Ok(())
 }
 
 fn counted(kind: &str, act: impl FnOnce() -> Result<u64>) -> Result<()> {
-    println!("READY {kind}");
-    let mut line = String::new();
-    ensure!(io::stdin().read_line(&mut line)? > 0, "nobody types");
+    ready(kind)?;
     let count = act().with_context(|| kind.to_owned())?;
     println!("COUNTED {kind} {count}");
     Ok(())

@@ -4,6 +4,7 @@ mod at_work;
 mod backend;
 mod boot;
 mod card;
+mod cost;
 mod disk;
 mod endings;
 mod iommufd;
@@ -84,6 +85,7 @@ fn main() -> ExitCode {
     suite.run("passthrough-lost", at_work::lost);
     suite.run("disks", disk::all);
     suite.run("cards", card::all);
+    suite.run("cost-beside-qemu", cost::beside_qemu);
     // Debian's kernels have none: see `make test-iommufd`.
     if iommufd::is_there() {
         suite.run("iommufd-contract", backend::contract_by_iommufd);

@@ -163,7 +163,7 @@ impl Terminal {
 }
 
 /// Connects to a socket that is about to be there.
-fn connect(path: &Path) -> Result<UnixStream> {
+pub(crate) fn connect(path: &Path) -> Result<UnixStream> {
     let mut stream = None;
     poll("the serial socket", || {
         stream = UnixStream::connect(path).ok();
