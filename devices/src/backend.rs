@@ -80,6 +80,9 @@ pub trait Backend: Send + Sync + fmt::Debug {
     /// How the device's state is taken out and put back, if it can be.
     fn migration(&self) -> Option<&dyn Migration>;
 
+    /// What has been counted so far of the calls of the device. It takes a moment and calls no device.
+    fn counters(&self) -> Vec<(&'static str, u64)>;
+
     /// Whether the device is gone for good, so that every call fails.
     fn is_lost(&self) -> bool;
 

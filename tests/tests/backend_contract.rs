@@ -227,6 +227,10 @@ impl Backend for Memory {
         None
     }
 
+    fn counters(&self) -> Vec<(&'static str, u64)> {
+        Vec::new()
+    }
+
     fn is_lost(&self) -> bool {
         self.0.lock().unwrap().is_none()
     }

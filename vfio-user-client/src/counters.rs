@@ -36,6 +36,26 @@ pub struct Histogram {
 }
 
 impl Histogram {
+    /// How many durations there were.
+    pub fn count(&self) -> u64 {
+        self.buckets.iter().sum()
+    }
+
+    /// A duration in nanoseconds that this many percent of all were shorter than, at most twice as long as need be; 0 if
+    /// there were none.
+    pub fn percentile(&self, percent: u8) -> u64 {
+        // Rounded up: the least that may be left out is nothing.
+        let wanted = (u128::from(self.count()) * u128::from(percent.min(100))).div_ceil(100);
+        let mut count = 0;
+        for (index, bucket) in self.buckets.iter().enumerate() {
+            count += u128::from(*bucket);
+            if count >= wanted && count > 0 {
+                return 2 << index;
+            }
+        }
+        0
+    }
+
     pub(crate) fn record(&mut self, duration: Duration) {
         let nanoseconds = u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX);
         let last = self.buckets.len() - 1;
@@ -59,5 +79,19 @@ mod tests {
         let mut expected = [0; 32];
         (expected[0], expected[1], expected[2], expected[31]) = (2, 2, 1, 2);
         assert_eq!(histogram.buckets, expected);
+    }
+
+    #[test]
+    fn percentiles_are_no_shorter_than_what_they_are_of() {
+        let mut histogram = Histogram::default();
+        assert_eq!(histogram.percentile(50), 0);
+        for nanoseconds in [900; 99] {
+            histogram.record(Duration::from_nanos(nanoseconds));
+        }
+        histogram.record(Duration::from_micros(100));
+        assert_eq!(histogram.percentile(0), 1024);
+        assert_eq!(histogram.percentile(50), 1024);
+        assert_eq!(histogram.percentile(99), 1024);
+        assert_eq!(histogram.percentile(100), 131_072);
     }
 }

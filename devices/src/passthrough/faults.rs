@@ -23,6 +23,11 @@ impl Faults {
         }
     }
 
+    /// How many there have been.
+    pub(super) fn count(&self) -> u64 {
+        self.count.load(Ordering::Relaxed)
+    }
+
     /// Counts a fault; the first, second, fourth, eighth and so on are logged.
     pub(super) fn record(&self, what: fmt::Arguments<'_>, error: &dyn fmt::Display) {
         let count = self.count.fetch_add(1, Ordering::Relaxed).wrapping_add(1);

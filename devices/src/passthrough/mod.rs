@@ -16,7 +16,7 @@ mod tests;
 mod turn;
 
 use std::fmt;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -52,6 +52,10 @@ pub struct Passthrough {
     faults: Faults,
     fingerprint: Fingerprint,
     bells: Bells,
+    /// Who else hears of the device's loss.
+    on_loss: OnLoss,
+    /// Accesses of the guest that came here: those that nothing is mapped for.
+    accesses: AtomicU64,
     /// Whether the device is gone for good. The guest finds nothing where it was.
     lost: AtomicBool,
     /// To which BARs writes are not waited for.
@@ -94,6 +98,8 @@ impl Passthrough {
             bells: Bells::new(&probe),
             backend: probe.backend,
             faults: Faults::new(id),
+            on_loss: OnLoss::default(),
+            accesses: AtomicU64::new(0),
             lost: AtomicBool::new(false),
             msix: probe.msix,
             rom: probe.rom,
@@ -109,6 +115,24 @@ impl Passthrough {
         }
     }
 
+    /// Has `report` called, with the reason, when the device is [given up](Self::give_up).
+    #[must_use]
+    pub fn on_loss(mut self, report: impl Fn(&dyn fmt::Display) + Send + Sync + 'static) -> Self {
+        self.on_loss = OnLoss(Some(Box::new(report)));
+        self
+    }
+
+    /// What has been counted so far, of this endpoint and of its backend. It takes a moment and calls no device.
+    pub fn counters(&self) -> Vec<(&'static str, u64)> {
+        let mut counters = self.backend.counters();
+        counters.extend([
+            ("accesses", self.accesses.load(Ordering::Relaxed)),
+            ("faults", self.faults.count()),
+            ("lost", self.is_lost().into()),
+        ]);
+        counters
+    }
+
     /// Gives the device up for good, and says so in the log once. From now on the guest reads all-ones, nothing of the
     /// device's is mapped any more, and no interrupt comes from it.
     pub fn give_up(&self, reason: &dyn fmt::Display) {
@@ -119,6 +143,9 @@ impl Passthrough {
             "{}: {reason}; from now on the guest reads all-ones",
             self.faults.id()
         );
+        if let OnLoss(Some(report)) = &self.on_loss {
+            report(reason);
+        }
         // Whoever has the turn waits for the device no longer than this.
         self.backend.close();
         self.in_turn(|wiring| {
@@ -260,6 +287,18 @@ impl Passthrough {
     }
 }
 
+/// What is called when a device is lost.
+#[derive(Default)]
+struct OnLoss(Option<Report>);
+
+type Report = Box<dyn Fn(&dyn fmt::Display) + Send + Sync>;
+
+impl fmt::Debug for OnLoss {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("OnLoss").finish_non_exhaustive()
+    }
+}
+
 /// Where the BARs of a device are that is gone.
 #[derive(Debug)]
 struct Nowhere;
@@ -289,6 +328,7 @@ enum Place {
 
 impl Endpoint for Passthrough {
     fn config_read(&self, offset: u16, data: &mut [u8]) {
+        self.accesses.fetch_add(1, Ordering::Relaxed);
         if self.is_lost() {
             data.fill(0xff);
             return;
@@ -309,6 +349,7 @@ impl Endpoint for Passthrough {
     }
 
     fn config_write(&self, offset: u16, data: &[u8]) {
+        self.accesses.fetch_add(1, Ordering::Relaxed);
         self.in_turn(|wiring| {
             if self.is_lost() {
                 return;
@@ -327,6 +368,7 @@ impl Endpoint for Passthrough {
     }
 
     fn bar_read(&self, bar: BarIndex, offset: u64, data: &mut [u8]) {
+        self.accesses.fetch_add(1, Ordering::Relaxed);
         if self.is_lost() {
             data.fill(0xff);
             return;
@@ -364,6 +406,7 @@ impl Endpoint for Passthrough {
     }
 
     fn bar_write(&self, bar: BarIndex, offset: u64, data: &[u8]) {
+        self.accesses.fetch_add(1, Ordering::Relaxed);
         match self.place(bar, offset, data.len()) {
             Place::Device => {
                 let written = if self.posted.get(bar.index()) == Some(&true) {

@@ -203,6 +203,25 @@ impl Backend for Remote {
             .map(|migration| migration as &dyn Migration)
     }
 
+    fn counters(&self) -> Vec<(&'static str, u64)> {
+        let counters = self.client.counters();
+        vec![
+            ("calls", counters.calls),
+            ("answers", counters.latency.count()),
+            ("posts", counters.posts),
+            ("served", counters.served),
+            ("bytes_sent", counters.bytes_sent),
+            ("bytes_received", counters.bytes_received),
+            ("timeouts", counters.timeouts),
+            ("refusals", counters.refusals),
+            ("bad_answers", counters.bad_answers),
+            ("strays", counters.strays),
+            ("latency_p50_ns", counters.latency.percentile(50)),
+            ("latency_p99_ns", counters.latency.percentile(99)),
+            ("latency_max_ns", counters.latency.percentile(100)),
+        ]
+    }
+
     fn is_lost(&self) -> bool {
         matches!(self.client.state(), State::Lost(_))
     }

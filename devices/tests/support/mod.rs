@@ -254,6 +254,10 @@ impl Backend for Device {
         None
     }
 
+    fn counters(&self) -> Vec<(&'static str, u64)> {
+        Vec::new()
+    }
+
     fn is_lost(&self) -> bool {
         false
     }
