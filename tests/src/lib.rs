@@ -1,6 +1,7 @@
 //! Integration tests, the lab and the benchmarks.
 #![forbid(unsafe_code)]
 
+pub mod api;
 pub mod backend_contract;
 pub mod device_thread;
 pub mod foreign;

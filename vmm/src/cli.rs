@@ -3,14 +3,14 @@
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use anyhow::{Context as _, bail};
+use anyhow::bail;
 use clap::{ArgAction, Parser, Subcommand};
 use vmm::{
-    DiskConfig, HostDeviceConfig, IommufdConfig, MemoryConfig, NetConfig, PayloadConfig,
+    DiskConfig, HostDeviceConfig, IommufdConfig, MemoryConfig, NetConfig, PayloadConfig, Policy,
     SerialConfig, UserDeviceConfig, VmConfig, parse_vcpus,
 };
 
-use crate::serve;
+use crate::{remote, serve};
 
 /// Boots a guest with KVM whose PCI devices are the host's, or live in other processes.
 #[derive(Debug, Parser)]
@@ -20,12 +20,12 @@ pub(crate) struct Cli {
     #[command(subcommand)]
     pub(crate) command: Option<Command>,
 
-    /// The kernel: a bzImage, or an ELF file with a PVH note
-    #[arg(long, value_name = "PATH", required = true)]
+    /// The kernel: a bzImage, or an ELF file with a PVH note. Without one there is no VM, until the API is asked for one
+    #[arg(long, value_name = "PATH", required_unless_present = "api_socket")]
     kernel: Option<PathBuf>,
 
     /// The initramfs
-    #[arg(long, value_name = "PATH")]
+    #[arg(long, value_name = "PATH", requires = "kernel")]
     initramfs: Option<PathBuf>,
 
     /// The kernel's command line
@@ -33,21 +33,22 @@ pub(crate) struct Cli {
         long,
         value_name = "STRING",
         default_value = "",
-        allow_hyphen_values = true
+        allow_hyphen_values = true,
+        requires = "kernel"
     )]
     cmdline: String,
 
     /// How many vCPUs: a number, or boot=NUMBER
-    #[arg(long, value_name = "NUMBER", default_value = "1")]
+    #[arg(long, value_name = "NUMBER", default_value = "1", requires = "kernel")]
     cpus: String,
 
     /// Guest RAM: size=BYTES (with K, M, G or T behind it; 512M if not given), hugepages=on for huge
     /// pages of 2 MiB, prefault=on to take the host's memory at the start
-    #[arg(long, value_name = "size=BYTES,...")]
+    #[arg(long, value_name = "size=BYTES,...", requires = "kernel")]
     memory: Option<String>,
 
     /// Where the serial port leads: tty (Ctrl-A x leaves), off, file=PATH or socket=PATH
-    #[arg(long, value_name = "WHERE", default_value = "tty")]
+    #[arg(long, value_name = "WHERE", default_value = "tty", requires = "kernel")]
     serial: String,
 
     /// The paravirtual console; there is none, so only off is possible
@@ -57,33 +58,61 @@ pub(crate) struct Cli {
     /// A disk: path= with a raw image or a block device, readonly=on, direct=on to pass by the host's page cache,
     /// num_queues= and queue_size=, serial= to show the guest, and id=NAME to call it by. Takes several values,
     /// and may be repeated
-    #[arg(long = "disk", value_name = "path=PATH,...", num_args = 1..)]
+    #[arg(long = "disk", value_name = "path=PATH,...", num_args = 1.., requires = "kernel")]
     disks: Vec<String>,
 
     /// A network card on a tap: tap= with the name of one (else one is made, which takes CAP_NET_ADMIN), mac=, mtu=,
     /// num_queues= for those that receive and those that transmit together, queue_size=, and id=NAME to call it by. Takes
     /// several values, and may be repeated
-    #[arg(long = "net", value_name = "tap=NAME,...", num_args = 0.., default_missing_value = "")]
+    #[arg(
+        long = "net",
+        value_name = "tap=NAME,...",
+        num_args = 0..,
+        default_missing_value = "",
+        requires = "kernel"
+    )]
     nets: Vec<String>,
 
     /// A device of the host: path= with its sysfs directory, its PCI address or a mediated device's
     /// UUID, id=NAME to call it by, and rom=on to show its expansion ROM; or fd= with an open VFIO
     /// character device. Takes several values, and may be repeated
-    #[arg(long = "device", value_name = "path=DEVICE,...", num_args = 1..)]
+    #[arg(long = "device", value_name = "path=DEVICE,...", num_args = 1.., requires = "kernel")]
     devices: Vec<String>,
 
     /// How the host's devices get at guest memory: iommufd=on|off|auto, or iommufd_fd=N
-    #[arg(long, value_name = "iommufd=HOW", default_value = "iommufd=auto")]
+    #[arg(
+        long,
+        value_name = "iommufd=HOW",
+        default_value = "iommufd=auto",
+        requires = "kernel"
+    )]
     platform: String,
 
     /// A device that a vfio-user server provides: socket=PATH, and id=NAME to call it by. Takes
     /// several values, and may be repeated
-    #[arg(long = "user-device", value_name = "socket=PATH,...", num_args = 1..)]
+    #[arg(
+        long = "user-device",
+        value_name = "socket=PATH,...",
+        num_args = 1..,
+        requires = "kernel"
+    )]
     user_devices: Vec<String>,
 
     /// Exit with status 3 when the guest resets, instead of starting it again
     #[arg(long)]
-    pub(crate) no_reboot: bool,
+    no_reboot: bool,
+
+    /// Stay when the guest powers off or crashes, for the API to boot it again
+    #[arg(long, requires = "api_socket")]
+    no_shutdown: bool,
+
+    /// Serve the control API on this Unix socket: PATH, or path=PATH. `outrigger remote` speaks to it
+    #[arg(long, value_name = "PATH")]
+    api_socket: Option<String>,
+
+    /// Write what happens to a file or a pipe, as a line of JSON each: path=PATH
+    #[arg(long, value_name = "path=PATH")]
+    event_monitor: Option<String>,
 
     /// Say more: once for what happens, twice for details, three times for every access
     #[arg(short, global = true, action = ArgAction::Count)]
@@ -99,6 +128,8 @@ pub(crate) enum Command {
     /// Shows the host's devices, gives them to VFIO, and gives them back
     #[command(subcommand)]
     Vfio(Vfio),
+    /// Asks something of an outrigger that serves its API
+    Remote(remote::Arguments),
 }
 
 /// What can be done about the host's devices.
@@ -172,14 +203,37 @@ impl Cli {
             .init();
     }
 
-    /// The VM that is asked for.
-    pub(crate) fn vm_config(&self) -> anyhow::Result<VmConfig> {
+    /// What a VMM is to do when a run of its guest ends.
+    pub(crate) fn policy(&self) -> Policy {
+        Policy {
+            no_reboot: self.no_reboot,
+            no_shutdown: self.no_shutdown,
+        }
+    }
+
+    /// The socket to serve the API on.
+    pub(crate) fn api_socket(&self) -> anyhow::Result<Option<PathBuf>> {
+        let path = |text| path_option("--api-socket", text);
+        self.api_socket.as_deref().map(path).transpose()
+    }
+
+    /// Where events are to be written.
+    pub(crate) fn event_monitor(&self) -> anyhow::Result<Option<PathBuf>> {
+        let path = |text| path_option("--event-monitor", text);
+        self.event_monitor.as_deref().map(path).transpose()
+    }
+
+    /// The VM that is asked for, if there is to be one from the start.
+    pub(crate) fn vm_config(&self) -> anyhow::Result<Option<VmConfig>> {
         if self.console != "off" {
             bail!(
                 "--console: `{}` is not possible, there is only the serial port: use --console off",
                 self.console
             );
         }
+        let Some(kernel) = &self.kernel else {
+            return Ok(None);
+        };
         let memory = self
             .memory
             .as_deref()
@@ -191,7 +245,7 @@ impl Cli {
         let devices = self.user_devices.iter().enumerate();
         let config = VmConfig {
             payload: PayloadConfig {
-                kernel: self.kernel.clone().context("--kernel is missing")?,
+                kernel: kernel.clone(),
                 initramfs: self.initramfs.clone(),
                 cmdline: self.cmdline.clone(),
             },
@@ -213,8 +267,17 @@ impl Cli {
                 .collect::<Result<_, _>>()?,
         };
         config.validate()?;
-        Ok(config)
+        Ok(Some(config))
     }
+}
+
+/// `PATH` or `path=PATH`.
+pub(crate) fn path_option(flag: &str, text: &str) -> anyhow::Result<PathBuf> {
+    let path = text.strip_prefix("path=").unwrap_or(text);
+    if path.is_empty() {
+        bail!("{flag}: a path is needed");
+    }
+    Ok(path.into())
 }
 
 /// What clap says first, without the usage that it adds.
@@ -231,7 +294,8 @@ mod tests {
 
     fn parse(arguments: &[&str]) -> VmConfig {
         let arguments = ["outrigger", "--kernel", "k"].iter().chain(arguments);
-        Cli::try_parse_from(arguments).unwrap().vm_config().unwrap()
+        let cli = Cli::try_parse_from(arguments).unwrap();
+        cli.vm_config().unwrap().unwrap()
     }
 
     #[test]
@@ -268,6 +332,30 @@ mod tests {
         assert_eq!(nets, ["net0", "net1"]);
         assert_eq!((config.vcpus, config.memory.size), (4, 1 << 30));
         assert_eq!(config.serial, SerialConfig::Tty);
+    }
+
+    #[test]
+    fn vm_is_left_to_the_api() {
+        let parse = |arguments: &[&str]| {
+            let arguments = ["outrigger"].iter().chain(arguments);
+            Cli::try_parse_from(arguments)
+        };
+        for socket in ["/s", "path=/s"] {
+            let cli = parse(&["--api-socket", socket]).unwrap();
+            assert_eq!(cli.vm_config().unwrap(), None);
+            assert_eq!(cli.api_socket().unwrap(), Some("/s".into()));
+        }
+        assert!(
+            parse(&["--api-socket", "path="])
+                .unwrap()
+                .api_socket()
+                .is_err()
+        );
+        // What is said of a VM that is not there would be lost.
+        assert!(parse(&["--api-socket", "/s", "--disk", "path=d"]).is_err());
+        assert!(parse(&["--api-socket", "/s", "--cpus", "2"]).is_err());
+        assert!(parse(&["--event-monitor", "path=/e"]).is_err());
+        assert!(parse(&["--kernel", "k", "--no-shutdown"]).is_err());
     }
 
     #[test]

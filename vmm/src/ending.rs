@@ -39,6 +39,17 @@ impl Ending {
             Self::KvmError { .. } => 5,
         }
     }
+
+    /// Its name in events.
+    pub(crate) fn event(&self) -> &'static str {
+        match self {
+            Self::PowerOff => "power-off",
+            Self::Reset => "reset",
+            Self::TripleFault { .. } => "triple-fault",
+            Self::KvmError { .. } => "kvm-error",
+            Self::Quit => "quit",
+        }
+    }
 }
 
 impl fmt::Display for Ending {
@@ -92,6 +103,14 @@ impl Endings {
         &self.event
     }
 
+    /// Forgets what the guest of a run that is over has done. What the user wants stays.
+    pub(crate) fn forget_guest(&self) {
+        let mut first = self.first.lock().unwrap_or_else(PoisonError::into_inner);
+        if first.as_ref().is_some_and(|ending| *ending != Ending::Quit) {
+            *first = None;
+        }
+    }
+
     /// How the run ended, if it has; the next run may then end in its own way.
     pub(crate) fn take(&self) -> Option<Ending> {
         let _ = self.event.read();
@@ -115,6 +134,16 @@ mod tests {
         assert_eq!(endings.take(), Some(Ending::Reset));
         assert_eq!(endings.take(), None);
         assert!(endings.event().read().is_err(), "the event is drained");
+    }
+
+    #[test]
+    fn what_the_user_wants_outlives_the_guest() {
+        let endings = Endings::new().unwrap();
+        for (ending, rest) in [(Ending::PowerOff, None), (Ending::Quit, Some(Ending::Quit))] {
+            endings.report(ending);
+            endings.forget_guest();
+            assert_eq!(endings.take(), rest);
+        }
     }
 
     #[test]

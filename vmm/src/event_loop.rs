@@ -84,17 +84,17 @@ impl MutEventSubscriber for EndOfRun {
 }
 
 /// Signals: SIGTERM, SIGINT and SIGHUP end the run, SIGPWR presses the power button.
+#[derive(Debug)]
 pub(crate) struct Signals {
     /// The signal handler writes a byte into the other end for each signal.
     button: UnixStream,
     quit: UnixStream,
-    power_button: EventFd,
     endings: Arc<Endings>,
 }
 
 impl Signals {
-    /// Catches the signals. `power_button` raises the button's interrupt.
-    pub(crate) fn catch(power_button: EventFd, endings: Arc<Endings>) -> Result<Self, LoopError> {
+    /// Catches the signals, for the rest of the process' life.
+    pub(crate) fn catch(endings: Arc<Endings>) -> Result<Self, LoopError> {
         let pipe = |signals: &[i32]| {
             let (end, handler) = UnixStream::pair()?;
             end.set_nonblocking(true)?;
@@ -108,28 +108,43 @@ impl Signals {
         Ok(Self {
             button,
             quit,
-            power_button,
             endings,
         })
     }
+
+    /// What a loop has to wait for. `power_button` raises the interrupt of the VM's button, if there is a VM.
+    pub(crate) fn watch(self: &Arc<Self>, power_button: Option<EventFd>) -> SignalWatch {
+        SignalWatch {
+            signals: self.clone(),
+            power_button,
+        }
+    }
 }
 
-impl MutEventSubscriber for Signals {
+/// The signals while there is a VM, or none.
+pub(crate) struct SignalWatch {
+    signals: Arc<Signals>,
+    power_button: Option<EventFd>,
+}
+
+impl MutEventSubscriber for SignalWatch {
     fn init(&mut self, ops: &mut EventOps<'_>) {
-        watch(ops, &self.button);
-        watch(ops, &self.quit);
+        watch(ops, &self.signals.button);
+        watch(ops, &self.signals.quit);
     }
 
     fn process(&mut self, events: Events, _: &mut EventOps<'_>) {
         let mut bytes = [0; 16];
-        if events.fd() == self.quit.as_raw_fd() {
-            let _ = self.quit.read(&mut bytes);
-            self.endings.report(Ending::Quit);
-        } else {
-            let _ = self.button.read(&mut bytes);
-            if let Err(error) = self.power_button.write(1) {
-                log::warn!("cannot press the power button: {error}");
-            }
+        if events.fd() == self.signals.quit.as_raw_fd() {
+            let _ = (&self.signals.quit).read(&mut bytes);
+            self.signals.endings.report(Ending::Quit);
+            return;
+        }
+        let _ = (&self.signals.button).read(&mut bytes);
+        match self.power_button.as_ref().map(|button| button.write(1)) {
+            Some(Ok(())) => {}
+            Some(Err(error)) => log::warn!("cannot press the power button: {error}"),
+            None => log::info!("there is no guest whose power button could be pressed"),
         }
     }
 }

@@ -1,8 +1,9 @@
 //! The machine: memory, vCPUs, boot, interrupts and buses around the devices that others provide.
 //!
-//! [`Vm`] is all of it. The `outrigger` binary makes one of the command line and runs it.
+//! [`Vm`] is all of it. [`Vmm`] is where one runs, as the command line says or as [`control`] asks.
 
 mod acpi;
+pub mod api;
 mod bars;
 mod boot;
 mod bus;
@@ -11,11 +12,13 @@ mod chips;
 mod clock;
 mod config;
 mod console;
+pub mod control;
 #[cfg_attr(not(test), allow(dead_code, reason = "for snapshots, which come next"))]
 mod cpu_profile;
 mod cpuid;
 mod ending;
 mod event_loop;
+mod events;
 mod host_devices;
 mod interrupts;
 mod kvm;
@@ -35,13 +38,16 @@ mod test_machine;
 mod vcpu;
 mod vcpus;
 mod vm;
+mod vmm;
 
 pub use config::{
     ConfigError, DiskConfig, HostDeviceConfig, HostDeviceSource, IommufdConfig, MemoryConfig,
     NetConfig, PayloadConfig, SerialConfig, UserDeviceConfig, VmConfig, parse_vcpus,
 };
 pub use ending::Ending;
+pub use events::{Events, EventsError};
 pub use kvm::only_emulates;
 pub use servers::SERVER_READY;
 pub use vcpus::Vcpus;
 pub use vm::{Vm, VmError};
+pub use vmm::{Policy, Vmm, VmmError};

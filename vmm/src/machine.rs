@@ -2,6 +2,8 @@
 //!
 //! [`Vm`](crate::Vm) runs the guest and outlives every other user of its machine.
 
+use vmm_sys_util::eventfd::EventFd;
+
 use crate::memory::Memory;
 use crate::pci_host::PciHost;
 use crate::platform::Platform;
@@ -15,4 +17,6 @@ pub(crate) struct Machine {
     pub(crate) pci: PciHost,
     pub(crate) platform: Platform,
     pub(crate) memory: Memory,
+    /// Raises the interrupt of the power button.
+    pub(crate) power_button: EventFd,
 }

@@ -1,13 +1,15 @@
 //! The `outrigger` command.
 
 mod cli;
+mod remote;
 mod serve;
 mod vfio_command;
 
 use std::process::ExitCode;
+use std::time::Duration;
 
-use anyhow::Context as _;
-use vmm::{Ending, Vm};
+use vmm::api::{Api, ApiSocket};
+use vmm::{Ending, Events, VmConfig, Vmm};
 
 use crate::cli::{Cli, Command};
 
@@ -19,6 +21,7 @@ fn main() -> ExitCode {
     cli.set_up_log();
     let done = match &cli.command {
         Some(Command::Serve(device)) => serve::run(device),
+        Some(Command::Remote(arguments)) => remote::run(arguments),
         Some(Command::Vfio(command)) => vfio_command::run(command).map(|()| ExitCode::SUCCESS),
         None => run(&cli).map(|ending| report(&ending)),
     };
@@ -28,25 +31,38 @@ fn main() -> ExitCode {
     })
 }
 
-/// Runs a guest until it ends for good.
+/// Runs a VMM until it ends.
 fn run(cli: &Cli) -> anyhow::Result<Ending> {
-    let mut vm = Vm::new(&cli.vm_config()?)?;
+    let config = cli.vm_config()?;
+    let socket = cli.api_socket()?.as_deref().map(ApiSocket::bind);
+    let socket = socket.transpose()?;
+    let events = cli.event_monitor()?.as_deref().map(Events::open);
+    let events = events.transpose()?.unwrap_or_default();
+    let mut vmm = Vmm::new(cli.policy(), events.clone())?;
+    let api = socket.map(|socket| Api::serve(socket, vmm.control()));
+    let api = api.transpose()?;
+    let ending = boot_and_run(&mut vmm, config);
+    // Whoever waits for an answer of the VMM gets one when it has ended.
+    drop(vmm);
+    drop(api);
+    events.flush(LAST_EVENTS);
+    ending
+}
+
+/// How long writing the last events may take.
+const LAST_EVENTS: Duration = Duration::from_secs(1);
+
+fn boot_and_run(vmm: &mut Vmm, config: Option<VmConfig>) -> anyhow::Result<Ending> {
+    if let Some(config) = config {
+        vmm.boot(config)?;
+    }
     if vmm::only_emulates() {
         eprintln!(
             "outrigger: warning: this KVM only emulates guests (the CPU has neither VMX nor SVM): simple ones run, \
              slowly; a stock Linux kernel does not boot"
         );
     }
-    loop {
-        let ending = vm.run()?;
-        if ending != Ending::Reset || cli.no_reboot {
-            return Ok(ending);
-        }
-        log::info!("{ending}");
-        if let Some(ending) = vm.reset().context("cannot reset the guest")? {
-            return Ok(ending);
-        }
-    }
+    Ok(vmm.run()?)
 }
 
 /// Says how the guest ended, if it is not as usual.

@@ -3,9 +3,11 @@
 //! A region is mapped once and never split, punched or mapped again while the VM lives, so that a device may hold it
 //! for as long as it likes, and it is one memory slot, so that devices' views and the guest's are laid out alike.
 
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::io;
 use std::os::fd::AsFd;
+use std::os::unix::fs::MetadataExt as _;
 use std::sync::Arc;
 
 use devices::{DmaTarget, Mapping};
@@ -99,6 +101,18 @@ impl Memory {
     /// How many bytes it has.
     pub(crate) fn size(&self) -> u64 {
         self.ram.iter().map(GuestMemoryRegion::len).sum()
+    }
+
+    /// Its size, and how much of it the host has given so far, in bytes.
+    pub(crate) fn counters(&self) -> BTreeMap<String, u64> {
+        /// What the kernel counts blocks in, whatever the file system's are.
+        const BLOCK: u64 = 512;
+        let files = self.ram.iter().filter_map(GuestMemoryRegion::file_offset);
+        let blocks = files.filter_map(|file| file.file().metadata().ok());
+        let resident = blocks.map(|file| file.blocks().saturating_mul(BLOCK)).sum();
+        [("size", self.size()), ("resident", resident)]
+            .map(|(name, bytes)| (name.to_owned(), bytes))
+            .into()
     }
 
     /// The RAM for devices that reach it by messages.

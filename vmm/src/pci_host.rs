@@ -2,9 +2,10 @@
 
 mod save;
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::{Arc, Weak};
-use std::{io, thread};
+use std::{fmt, io, thread};
 
 use devices::{Backend, BusDevice, Passthrough, Probe, Remote};
 use pci::{BarAllocator, Bdf, Cause, ConfigPorts, Ecam, Endpoint, HostBridge, Segment, TreePath};
@@ -12,6 +13,7 @@ use pci::{BarAllocator, Bdf, Cause, ConfigPorts, Ecam, Endpoint, HostBridge, Seg
 use crate::bars::{Bars, Space};
 use crate::config::UserDeviceConfig;
 use crate::event_loop::{HostNotices, Server};
+use crate::events::Events;
 use crate::host_devices::HostDevice;
 use crate::interrupts::Interrupts;
 use crate::layout;
@@ -67,15 +69,22 @@ pub(crate) struct PciHost {
     interrupts: Interrupts,
     allocator: BarAllocator,
     devices: Vec<Arc<Passthrough>>,
+    /// Where they are, by their ids.
+    places: BTreeMap<String, Bdf>,
+    events: Events,
 }
 
 impl PciHost {
     /// A bus with nothing on it but the host bridge.
-    pub(crate) fn new(space: Space, interrupts: Interrupts) -> Result<Self, DeviceError> {
-        Self::try_new(space, interrupts).map_err(DeviceError::Bus)
+    pub(crate) fn new(
+        space: Space,
+        interrupts: Interrupts,
+        events: Events,
+    ) -> Result<Self, DeviceError> {
+        Self::try_new(space, interrupts, events).map_err(DeviceError::Bus)
     }
 
-    fn try_new(space: Space, interrupts: Interrupts) -> Result<Self, Cause> {
+    fn try_new(space: Space, interrupts: Interrupts, events: Events) -> Result<Self, Cause> {
         let segment = Arc::new(Segment::new());
         let bridge = Arc::new(HostBridge::new());
         segment.insert(Bdf::from_bits(0), bridge.clone())?;
@@ -95,6 +104,8 @@ impl PciHost {
             interrupts,
             allocator,
             devices: Vec::new(),
+            places: BTreeMap::new(),
+            events,
         })
     }
 
@@ -176,16 +187,38 @@ impl PciHost {
         probe.set_bars(registers);
         let bars = Bars::new(self.space.clone(), probe.layouts())?;
         let interrupts = Box::new(self.interrupts.of_device(device));
+        let report = {
+            let (id, events) = (id.to_owned(), self.events.clone());
+            move |reason: &dyn fmt::Display| {
+                events.tell("device", "lost", &[("id", &id), ("reason", reason)]);
+            }
+        };
         let endpoint = Arc::new_cyclic(|endpoint: &Weak<Passthrough>| {
             let mapper = Box::new(bars.serve_by(endpoint.clone()));
-            Passthrough::new(id, path, probe, mapper, interrupts)
+            Passthrough::new(id, path, probe, mapper, interrupts).on_loss(report)
         });
         // The device may have served another VM before; and this connects its interrupt pin.
         endpoint.reset()?;
         self.segment.insert(bdf, endpoint.clone())?;
         self.devices.push(endpoint.clone());
+        self.places.insert(id.to_owned(), bdf);
         log::info!("{id} is {bdf}");
         Ok(endpoint)
+    }
+
+    /// Where each device is, by its id.
+    pub(crate) fn places(&self) -> &BTreeMap<String, Bdf> {
+        &self.places
+    }
+
+    /// What has been counted of each device, by its id.
+    pub(crate) fn counters(&self) -> BTreeMap<String, BTreeMap<String, u64>> {
+        let counters = |device: &Arc<Passthrough>| {
+            let counters = device.counters().into_iter();
+            let counters = counters.map(|(name, count)| (name.to_owned(), count));
+            (device.id().to_owned(), counters.collect())
+        };
+        self.devices.iter().map(counters).collect()
     }
 
     /// Resets every device, all at once since each may take its time, and then calls `then`. No vCPU runs. A device

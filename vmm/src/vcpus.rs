@@ -11,6 +11,17 @@ pub struct Vcpus {
     shared: Arc<Mutex<Shared>>,
 }
 
+/// What the vCPUs do.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum RunState {
+    /// They run.
+    Running,
+    /// They have been asked to stop, and one or more is not there yet.
+    Pausing,
+    /// They stand still.
+    Paused,
+}
+
 #[derive(Debug, Default)]
 struct Shared {
     threads: Vec<VcpuThread>,
@@ -43,6 +54,21 @@ impl Vcpus {
             saving.collect::<Result<_, _>>()?
         };
         saving.into_iter().map(Saving::wait).collect()
+    }
+
+    /// What they do, without waiting for anything.
+    pub(crate) fn run_state(&self) -> RunState {
+        let shared = self.lock();
+        if !shared.paused {
+            return RunState::Running;
+        }
+        let now = Instant::now();
+        let is_parked = |thread: &VcpuThread| thread.gate().wait_parked(now);
+        if shared.threads.iter().all(is_parked) {
+            RunState::Paused
+        } else {
+            RunState::Pausing
+        }
     }
 
     /// Lets paused vCPUs go on.

@@ -12,6 +12,7 @@ use crate::console::{Console, ConsoleError};
 use crate::cpuid::CommonCpuid;
 use crate::ending::{Ending, Endings};
 use crate::event_loop::{EventLoop, LoopError, Signals};
+use crate::events::Events;
 use crate::host_devices::{self, HostDeviceError};
 use crate::interrupts::{InterruptError, Interrupts};
 use crate::kvm::{self, KvmError};
@@ -92,6 +93,26 @@ pub enum VmError {
     Kicks(#[source] vmm_sys_util::errno::Error),
 }
 
+/// What is around a VM, and outlives it.
+#[derive(Debug)]
+pub(crate) struct Surroundings {
+    pub(crate) endings: Arc<Endings>,
+    pub(crate) signals: Arc<Signals>,
+    pub(crate) events: Events,
+}
+
+impl Surroundings {
+    /// Has runs of the VM end as `endings` says, or when a signal says so.
+    pub(crate) fn new(endings: Arc<Endings>, events: Events) -> Result<Self, VmError> {
+        let signals = Arc::new(Signals::catch(endings.clone())?);
+        Ok(Self {
+            endings,
+            signals,
+            events,
+        })
+    }
+}
+
 /// A virtual machine.
 pub struct Vm {
     /// The vCPUs, while they do not run.
@@ -108,6 +129,12 @@ pub struct Vm {
 impl Vm {
     /// Makes everything, loads the kernel and connects the devices. The guest does not run yet.
     pub fn new(config: &VmConfig) -> Result<Self, VmError> {
+        let endings = Arc::new(Endings::new().map_err(VmError::Event)?);
+        Self::within(config, &Surroundings::new(endings, Events::default())?)
+    }
+
+    /// As [`new`](Self::new), in a process that may make several VMs, one after the other.
+    pub(crate) fn within(config: &VmConfig, surroundings: &Surroundings) -> Result<Self, VmError> {
         config.validate()?;
         let payload = Payload::open(&config.payload)?;
         // They start while the machine is made.
@@ -134,8 +161,8 @@ impl Vm {
             ports: ports.clone(),
             windows,
         };
-        let mut pci = PciHost::new(space, interrupts.clone())?;
-        let endings = Arc::new(Endings::new().map_err(VmError::Event)?);
+        let mut pci = PciHost::new(space, interrupts.clone(), surroundings.events.clone())?;
+        let endings = surroundings.endings.clone();
         let mut event_loop = EventLoop::new(endings.clone())?;
         let mut servers = Servers::default();
         for server in starting {
@@ -170,7 +197,8 @@ impl Vm {
             .collect::<Result<_, _>>()?;
 
         let power_button = interrupts.edge(layout::POWER_BUTTON_GSI)?;
-        event_loop.add(Box::new(Signals::catch(power_button, endings.clone())?));
+        let button = power_button.try_clone().map_err(VmError::Event)?;
+        event_loop.add(Box::new(surroundings.signals.watch(Some(button))));
         // The terminal comes last: from now on nothing should fail.
         let com1 = interrupts.edge(layout::COM1_GSI)?;
         let console = Console::open(&config.serial, com1, &endings)?;
@@ -189,6 +217,7 @@ impl Vm {
             pci,
             platform,
             memory,
+            power_button,
         };
 
         let mut vm = Self {
@@ -211,11 +240,32 @@ impl Vm {
 
     /// Runs the guest until it ends in one way or another, and says in which.
     pub fn run(&mut self) -> Result<Ending, VmError> {
-        let vcpus = &self.machine.vcpus;
-        vcpus.start(std::mem::take(&mut self.stopped))?;
+        self.start()?;
         let ending = self.event_loop.run();
-        self.stopped = vcpus.stop();
+        self.stop();
         Ok(ending?)
+    }
+
+    /// Starts the vCPUs.
+    pub(crate) fn start(&mut self) -> Result<(), VmError> {
+        let stopped = std::mem::take(&mut self.stopped);
+        Ok(self.machine.vcpus.start(stopped)?)
+    }
+
+    /// Stops the vCPUs. What the guest did last is forgotten with the run.
+    pub(crate) fn stop(&mut self) {
+        self.stopped = self.machine.vcpus.stop();
+        self.endings.forget_guest();
+    }
+
+    /// What the main thread waits for while there is this VM.
+    pub(crate) fn event_loop(&mut self) -> &mut EventLoop {
+        &mut self.event_loop
+    }
+
+    /// The parts that others may have to do with while it runs.
+    pub(crate) fn machine(&self) -> Arc<Machine> {
+        self.machine.clone()
     }
 
     /// Puts the machine back into its state at power-on, with the kernel loaded again; then it can be run again. The

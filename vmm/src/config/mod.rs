@@ -264,10 +264,11 @@ impl SerialConfig {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
 
-    fn config() -> VmConfig {
+    /// The least that a VM needs.
+    pub(crate) fn config() -> VmConfig {
         VmConfig {
             payload: PayloadConfig {
                 kernel: "vmlinuz".into(),

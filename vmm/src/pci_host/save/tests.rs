@@ -19,6 +19,7 @@ use super::PciState;
 use crate::bars::Space;
 use crate::bus::Bus;
 use crate::config::{MemoryConfig, UserDeviceConfig};
+use crate::events::Events;
 use crate::interrupts::Interrupts;
 use crate::memory::{self, Memory};
 use crate::pci_host::PciHost;
@@ -113,7 +114,7 @@ impl Board {
             ports: Arc::new(Bus::default()),
             windows: layout::pci_windows(memory::end(SIZE)),
         };
-        let mut pci = PciHost::new(space, interrupts.clone()).unwrap();
+        let mut pci = PciHost::new(space, interrupts.clone(), Events::default()).unwrap();
         let (server, socket) = DemoServer::start();
         let id = "demo".to_owned();
         pci.attach(&UserDeviceConfig { id, socket }, &memory)

@@ -1,0 +1,355 @@
+//! The endpoints, and their description in OpenAPI, which is made of them.
+
+use axum::Router;
+use axum::extract::{FromRequestParts, State};
+use axum::http::request::Parts;
+use axum::http::{HeaderName, StatusCode, Uri, header};
+use axum::response::{IntoResponse, Response};
+use utoipa::OpenApi;
+use utoipa::openapi::OpenApi as Description;
+use utoipa_axum::router::OpenApiRouter;
+use utoipa_axum::routes;
+
+use super::ROOT;
+use super::body::{
+    ReceiveMigrationData, RestoreConfig, SendMigrationData, SnapshotConfig, VmConfig, VmCounters,
+    VmInfo, VmmPing,
+};
+use super::reply::{Json, NoBody, Refusal};
+use crate::control::{Control, ControlError, MigrationProgress, Operation};
+
+#[derive(OpenApi)]
+#[openapi(
+    info(
+        title = "Outrigger's control API",
+        description = "Cloud Hypervisor's API as far as it goes, over a Unix socket, and vm.migration. Errors are lists of \
+                       messages, from the top to the root cause.",
+        license(name = "Apache-2.0 OR BSD-3-Clause")
+    ),
+    servers((url = "http://localhost/api/v1"))
+)]
+struct Overview;
+
+/// The service, and its description.
+pub(super) fn router(control: Control) -> (Router, Description) {
+    let (router, description) = OpenApiRouter::with_openapi(Overview::openapi())
+        .routes(routes!(vmm_ping))
+        .routes(routes!(vmm_shutdown))
+        .routes(routes!(vm_info))
+        .routes(routes!(vm_counters))
+        .routes(routes!(vm_create))
+        .routes(routes!(vm_boot))
+        .routes(routes!(vm_pause))
+        .routes(routes!(vm_resume))
+        .routes(routes!(vm_reboot))
+        .routes(routes!(vm_shutdown))
+        .routes(routes!(vm_delete))
+        .routes(routes!(vm_power_button))
+        .routes(routes!(vm_snapshot))
+        .routes(routes!(vm_restore))
+        .routes(routes!(vm_send_migration))
+        .routes(routes!(vm_receive_migration))
+        .routes(routes!(vm_migration, vm_cancel_migration))
+        .with_state(control)
+        .split_for_parts();
+    let router = Router::new()
+        .nest(ROOT, router)
+        .fallback(unknown)
+        .method_not_allowed_fallback(wrong_method);
+    (router, description)
+}
+
+async fn unknown(uri: Uri) -> Refusal {
+    let what = format!("there is no endpoint {}", uri.path());
+    Refusal::new(StatusCode::NOT_FOUND, what)
+}
+
+async fn wrong_method(uri: Uri) -> Refusal {
+    let what = format!("{} is there, but not by this method", uri.path());
+    Refusal::new(StatusCode::METHOD_NOT_ALLOWED, what)
+}
+
+/// What there is to say of an action that has been done: nothing.
+type Done = Result<StatusCode, Refusal>;
+
+fn done(result: Result<(), ControlError>) -> Done {
+    Ok(result.map(|()| StatusCode::NO_CONTENT)?)
+}
+
+/// Says that the VMM is there.
+#[utoipa::path(get, path = "/vmm.ping", responses((status = 200, body = VmmPing)))]
+async fn vmm_ping() -> Json<VmmPing> {
+    Json(VmmPing::here())
+}
+
+/// Ends the VMM, and with it the VM.
+#[utoipa::path(put, path = "/vmm.shutdown", responses((status = 204, description = "It is about to end; the VM has.")))]
+async fn vmm_shutdown(State(control): State<Control>, _: NoBody) -> Done {
+    done(control.quit().outcome().await)
+}
+
+/// Tells what the VM is and does.
+#[utoipa::path(get, path = "/vm.info", responses(
+    (status = 200, body = VmInfo),
+    (status = 404, description = "There is no VM.", body = Vec<String>),
+))]
+async fn vm_info(State(control): State<Control>) -> Result<Json<VmInfo>, Refusal> {
+    Ok(Json(control.info()?.into()))
+}
+
+/// Tells what has been counted of each device (`latency_*` is how long its answered calls took), of memory, and of the
+/// migration.
+#[utoipa::path(get, path = "/vm.counters", responses(
+    (status = 200, body = VmCounters),
+    (status = 404, description = "There is no VM.", body = Vec<String>),
+    (status = 405, description = "It does not run.", body = Vec<String>),
+))]
+async fn vm_counters(State(control): State<Control>) -> Result<Json<VmCounters>, Refusal> {
+    Ok(Json(VmCounters(control.counters()?)))
+}
+
+/// Says what the VM is to be. It is made when it is booted.
+#[utoipa::path(put, path = "/vm.create", request_body = VmConfig, responses(
+    (status = 204, description = "It can be booted."),
+    (status = 400, description = "It cannot be; which fields say so is told.", body = Vec<String>),
+    (status = 409, description = "There is a VM already.", body = Vec<String>),
+))]
+async fn vm_create(State(control): State<Control>, Json(config): Json<VmConfig>) -> Done {
+    done(control.create(config.try_into()?))
+}
+
+/// Makes the VM that was created, and starts it.
+#[utoipa::path(put, path = "/vm.boot", responses(
+    (status = 204, description = "It runs."),
+    (status = 404, description = "There is no VM.", body = Vec<String>),
+    (status = 405, description = "It runs already.", body = Vec<String>),
+    (status = 500, description = "It cannot be made.", body = Vec<String>),
+))]
+async fn vm_boot(State(control): State<Control>, _: NoBody) -> Done {
+    done(control.boot().outcome().await)
+}
+
+/// Has the vCPUs stop. They have when vm.info says `Paused`; that may take as long as a device takes to answer.
+#[utoipa::path(put, path = "/vm.pause", responses(
+    (status = 204, description = "They are about to stop."),
+    (status = 404, description = "There is no VM.", body = Vec<String>),
+    (status = 405, description = "It does not run, or is paused already.", body = Vec<String>),
+))]
+async fn vm_pause(State(control): State<Control>, _: NoBody) -> Done {
+    done(control.pause())
+}
+
+/// Lets the vCPUs go on.
+#[utoipa::path(put, path = "/vm.resume", responses(
+    (status = 204, description = "They go on."),
+    (status = 404, description = "There is no VM.", body = Vec<String>),
+    (status = 405, description = "It is not paused.", body = Vec<String>),
+))]
+async fn vm_resume(State(control): State<Control>, _: NoBody) -> Done {
+    done(control.resume())
+}
+
+/// Resets the VM and its devices, and starts it again.
+#[utoipa::path(put, path = "/vm.reboot", responses(
+    (status = 204, description = "It has been started again."),
+    (status = 404, description = "There is no VM.", body = Vec<String>),
+    (status = 405, description = "It does not run.", body = Vec<String>),
+))]
+async fn vm_reboot(State(control): State<Control>, _: NoBody) -> Done {
+    done(control.reboot().outcome().await)
+}
+
+/// Ends the VM's run. It can be booted again.
+#[utoipa::path(put, path = "/vm.shutdown", responses(
+    (status = 204, description = "It does not run any more."),
+    (status = 404, description = "There is no VM.", body = Vec<String>),
+    (status = 405, description = "It does not run.", body = Vec<String>),
+))]
+async fn vm_shutdown(State(control): State<Control>, _: NoBody) -> Done {
+    done(control.shut_down().outcome().await)
+}
+
+/// Ends the VM's run, if it runs, and forgets it.
+#[utoipa::path(put, path = "/vm.delete", responses(
+    (status = 204, description = "There is no VM any more."),
+    (status = 404, description = "There was none.", body = Vec<String>),
+))]
+async fn vm_delete(State(control): State<Control>, _: NoBody) -> Done {
+    done(control.delete().outcome().await)
+}
+
+/// Presses the VM's power button.
+#[utoipa::path(put, path = "/vm.power-button", responses(
+    (status = 204, description = "It is pressed; what follows is the guest's affair."),
+    (status = 404, description = "There is no VM.", body = Vec<String>),
+    (status = 405, description = "It does not run.", body = Vec<String>),
+))]
+async fn vm_power_button(State(control): State<Control>, _: NoBody) -> Done {
+    done(control.press_power_button())
+}
+
+/// Writes the VM's state into a directory.
+#[utoipa::path(put, path = "/vm.snapshot", request_body = SnapshotConfig,
+    params(("prefer" = Option<String>, Header, description = "`respond-async` has it answered at once.")),
+    responses(
+        (status = 204, description = "It is there."),
+        (status = 202, description = "It has begun; vm.migration tells the rest."),
+        (status = 404, description = "There is no VM.", body = Vec<String>),
+        (status = 405, description = "It does not run.", body = Vec<String>),
+        (status = 429, description = "Another operation goes on.", body = Vec<String>),
+        (status = 500, description = "It has failed; the VM is as it was.", body = Vec<String>),
+    ))]
+async fn vm_snapshot(
+    State(control): State<Control>,
+    prefer: Prefer,
+    Json(config): Json<SnapshotConfig>,
+) -> Result<Response, Refusal> {
+    start(&control, prefer, config.try_into()?).await
+}
+
+/// Makes a VM of a snapshot.
+#[utoipa::path(put, path = "/vm.restore", request_body = RestoreConfig,
+    params(("prefer" = Option<String>, Header, description = "`respond-async` has it answered at once.")),
+    responses(
+        (status = 204, description = "The VM is there."),
+        (status = 202, description = "It has begun; vm.migration tells the rest."),
+        (status = 409, description = "There is a VM already.", body = Vec<String>),
+        (status = 429, description = "Another operation goes on.", body = Vec<String>),
+        (status = 500, description = "It has failed; there is no VM.", body = Vec<String>),
+    ))]
+async fn vm_restore(
+    State(control): State<Control>,
+    prefer: Prefer,
+    Json(config): Json<RestoreConfig>,
+) -> Result<Response, Refusal> {
+    start(&control, prefer, config.try_into()?).await
+}
+
+/// Moves the VM to another VMM while it runs.
+#[utoipa::path(put, path = "/vm.send-migration", request_body = SendMigrationData,
+    params(("prefer" = Option<String>, Header, description = "`respond-async` has it answered at once.")),
+    responses(
+        (status = 204, description = "The VM runs there, and no more here."),
+        (status = 202, description = "It has begun; vm.migration tells the rest."),
+        (status = 404, description = "There is no VM.", body = Vec<String>),
+        (status = 405, description = "It does not run.", body = Vec<String>),
+        (status = 429, description = "Another operation goes on.", body = Vec<String>),
+        (status = 500, description = "It has failed; vm.migration tells where the VM is.", body = Vec<String>),
+    ))]
+async fn vm_send_migration(
+    State(control): State<Control>,
+    prefer: Prefer,
+    Json(data): Json<SendMigrationData>,
+) -> Result<Response, Refusal> {
+    start(&control, prefer, data.try_into()?).await
+}
+
+/// Waits for another VMM to send its VM, and takes it.
+#[utoipa::path(put, path = "/vm.receive-migration", request_body = ReceiveMigrationData,
+    params(("prefer" = Option<String>, Header, description = "`respond-async` has it answered at once.")),
+    responses(
+        (status = 204, description = "The VM runs here."),
+        (status = 202, description = "It is waited for; vm.migration tells the rest."),
+        (status = 409, description = "There is a VM already.", body = Vec<String>),
+        (status = 429, description = "Another operation goes on.", body = Vec<String>),
+        (status = 500, description = "It has failed; there is no VM.", body = Vec<String>),
+    ))]
+async fn vm_receive_migration(
+    State(control): State<Control>,
+    prefer: Prefer,
+    Json(data): Json<ReceiveMigrationData>,
+) -> Result<Response, Refusal> {
+    start(&control, prefer, data.try_into()?).await
+}
+
+/// Tells how far the operation has come that goes on (vm.snapshot, vm.restore, vm.send-migration or
+/// vm.receive-migration), or how the last one ended.
+#[utoipa::path(get, path = "/vm.migration", responses(
+    (status = 200, body = MigrationProgress),
+    (status = 404, description = "There has been none.", body = Vec<String>),
+))]
+async fn vm_migration(State(control): State<Control>) -> Result<Json<MigrationProgress>, Refusal> {
+    Ok(Json(control.migration()?))
+}
+
+/// Cancels the operation that goes on.
+#[utoipa::path(delete, path = "/vm.migration", responses(
+    (status = 204, description = "It ends soon, unless it has come too far; vm.migration tells."),
+    (status = 404, description = "None goes on.", body = Vec<String>),
+))]
+async fn vm_cancel_migration(State(control): State<Control>, _: NoBody) -> Done {
+    done(control.cancel())
+}
+
+/// Starts an operation, and answers when it has ended, or at once.
+async fn start(
+    control: &Control,
+    prefer: Prefer,
+    operation: Operation,
+) -> Result<Response, Refusal> {
+    let pending = control.start(operation)?;
+    if prefer == Prefer::Async {
+        let headers = [
+            (header::LOCATION, format!("{ROOT}/vm.migration")),
+            (PREFERENCE_APPLIED, RESPOND_ASYNC.to_owned()),
+        ];
+        return Ok((StatusCode::ACCEPTED, headers).into_response());
+    }
+    done(pending.outcome().await).map(IntoResponse::into_response)
+}
+
+/// How a client likes to be answered (RFC 7240).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Prefer {
+    /// At the end.
+    Usual,
+    /// At once.
+    Async,
+}
+
+const PREFER: HeaderName = HeaderName::from_static("prefer");
+const PREFERENCE_APPLIED: HeaderName = HeaderName::from_static("preference-applied");
+const RESPOND_ASYNC: &str = "respond-async";
+
+impl<S: Sync> FromRequestParts<S> for Prefer {
+    type Rejection = std::convert::Infallible;
+
+    async fn from_request_parts(parts: &mut Parts, _: &S) -> Result<Self, Self::Rejection> {
+        let values = parts.headers.get_all(PREFER).iter();
+        let mut preferences = values
+            .filter_map(|value| value.to_str().ok())
+            .flat_map(|value| value.split(','));
+        let is_async = |preference: &str| preference.trim().eq_ignore_ascii_case(RESPOND_ASYNC);
+        Ok(if preferences.any(is_async) {
+            Self::Async
+        } else {
+            Self::Usual
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+    use std::sync::Arc;
+
+    use super::*;
+    use crate::ending::Endings;
+    use crate::events::Events;
+
+    #[test]
+    fn description_is_the_one_that_is_checked_in() {
+        let control = Control::new(Arc::new(Endings::new().unwrap()), Events::default());
+        let (_, description) = router(control);
+        let made = description.to_pretty_json().unwrap() + "\n";
+        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../resources/openapi.json");
+        if std::env::var_os("UPDATE_OPENAPI").is_some() {
+            std::fs::write(&path, &made).unwrap();
+        }
+        let checked_in = std::fs::read_to_string(&path).unwrap_or_default();
+        assert!(
+            checked_in == made,
+            "resources/openapi.json is out of date: UPDATE_OPENAPI=1 cargo test -p vmm description"
+        );
+    }
+}

@@ -1,0 +1,217 @@
+//! The VMM: a place for one VM at a time, on the main thread, which runs it and does what others ask of it.
+
+use std::fmt;
+use std::sync::Arc;
+
+use crate::config::VmConfig;
+use crate::control::{Command, Control, ControlError, Request};
+use crate::ending::{Ending, Endings};
+use crate::event_loop::{EventLoop, LoopError};
+use crate::events::Events;
+use crate::vm::{Surroundings, Vm, VmError};
+
+/// A VMM, with a VM or without.
+pub struct Vmm {
+    /// None while nobody has asked for one, and again when its run has ended.
+    vm: Option<Vm>,
+    /// What is waited for meanwhile.
+    idle: EventLoop,
+    surroundings: Surroundings,
+    control: Control,
+    policy: Policy,
+}
+
+/// What a VMM does when a run of its guest ends.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Policy {
+    /// A guest that resets ends the VMM.
+    pub no_reboot: bool,
+    /// A guest that powers off or crashes does not: the VMM waits to boot it again.
+    pub no_shutdown: bool,
+}
+
+/// Why a VMM cannot go on.
+#[derive(Debug, thiserror::Error)]
+pub enum VmmError {
+    /// The VM cannot be made or started.
+    #[error(transparent)]
+    Vm(#[from] VmError),
+    /// The VM cannot be put back into its state at power-on.
+    #[error("cannot reset the guest")]
+    Reset(#[source] VmError),
+    /// There is one already, or it cannot be.
+    #[error(transparent)]
+    Control(#[from] ControlError),
+    /// It cannot even wait.
+    #[error(transparent)]
+    Loop(#[from] LoopError),
+}
+
+/// Why a VMM ends.
+enum End {
+    /// The run of the guest has ended, and that is the end of it.
+    Run(Ending),
+    /// It was asked to.
+    Asked(Command),
+}
+
+impl Vmm {
+    /// A VMM without a VM. What happens is told to `events`.
+    pub fn new(policy: Policy, events: Events) -> Result<Self, VmmError> {
+        events.tell("vmm", "starting", &[]);
+        let endings = Arc::new(Endings::new().map_err(VmError::Event)?);
+        let control = Control::new(endings.clone(), events.clone());
+        let surroundings = Surroundings::new(endings.clone(), events)?;
+        let mut idle = EventLoop::new(endings)?;
+        idle.add(Box::new(surroundings.signals.watch(None)));
+        Ok(Self {
+            vm: None,
+            idle,
+            surroundings,
+            control,
+            policy,
+        })
+    }
+
+    /// A handle to it.
+    pub fn control(&self) -> Control {
+        self.control.clone()
+    }
+
+    /// Creates a VM, and boots it.
+    pub fn boot(&mut self, config: VmConfig) -> Result<(), VmmError> {
+        self.control.create(config)?;
+        let config = self.control.to_boot()?;
+        Ok(self.start(&config)?)
+    }
+
+    /// Runs until the VMM is to end, and says why.
+    pub fn run(&mut self) -> Result<Ending, VmmError> {
+        let end = self.run_to_end();
+        self.control.close();
+        self.drop_vm(false);
+        self.surroundings.events.tell("vmm", "shutdown", &[]);
+        match end? {
+            End::Run(ending) => Ok(ending),
+            End::Asked(command) => {
+                // Whoever hears this may start the next VM with the same devices at once.
+                command.answer(Ok(()));
+                Ok(Ending::Quit)
+            }
+        }
+    }
+
+    fn run_to_end(&mut self) -> Result<End, VmmError> {
+        loop {
+            let commands = self.control.commands();
+            let event_loop = self.vm.as_mut().map_or(&mut self.idle, Vm::event_loop);
+            if let Some(ending) = event_loop.run_until(|| !commands.is_empty())?
+                && let Some(ending) = self.after(ending)?
+            {
+                return Ok(End::Run(ending));
+            }
+            while let Some(command) = self.control.commands().next() {
+                if let Some(end) = self.serve(command)? {
+                    return Ok(end);
+                }
+            }
+        }
+    }
+
+    /// Goes on after the end of a run, or returns it if it is that of the VMM, too.
+    fn after(&mut self, ending: Ending) -> Result<Option<Ending>, VmmError> {
+        self.surroundings
+            .events
+            .tell("guest", ending.event(), &[("reason", &ending)]);
+        match ending {
+            Ending::Quit => Ok(Some(ending)),
+            Ending::Reset if !self.policy.no_reboot => {
+                log::info!("{ending}");
+                self.reset()
+            }
+            ending if self.policy.no_shutdown => {
+                log::warn!("{ending}");
+                self.drop_vm(true);
+                Ok(None)
+            }
+            ending => Ok(Some(ending)),
+        }
+    }
+
+    fn serve(&mut self, command: Command) -> Result<Option<End>, VmmError> {
+        let outcome = match command.request {
+            Request::Boot => self.control.to_boot().and_then(|config| {
+                self.start(&config)
+                    .map_err(|error| ControlError::failed("the VM does not boot", error))
+            }),
+            Request::Shutdown => self.control.expect_running().map(|()| self.drop_vm(true)),
+            Request::Delete => self.control.expect_idle().map(|()| self.drop_vm(false)),
+            Request::Reboot => match self.control.expect_running() {
+                Ok(()) => {
+                    if let Some(ending) = self.reset()? {
+                        return Ok(Some(End::Run(ending)));
+                    }
+                    Ok(())
+                }
+                Err(error) => Err(error),
+            },
+            Request::Quit => return Ok(Some(End::Asked(command))),
+        };
+        command.answer(outcome);
+        Ok(None)
+    }
+
+    /// Makes a VM, and starts it.
+    fn start(&mut self, config: &VmConfig) -> Result<(), VmError> {
+        let events = &self.surroundings.events;
+        events.tell("vm", "booting", &[]);
+        let mut vm = Vm::within(config, &self.surroundings)?;
+        vm.start()?;
+        events.tell("vm", "booted", &[]);
+        self.control.started(vm.machine());
+        self.vm = Some(vm);
+        Ok(())
+    }
+
+    /// Resets the VM and starts it again. If the user ends the VMM meanwhile, returns that.
+    fn reset(&mut self) -> Result<Option<Ending>, VmmError> {
+        let Some(vm) = &mut self.vm else {
+            return Ok(None);
+        };
+        let events = &self.surroundings.events;
+        events.tell("vm", "rebooting", &[]);
+        vm.stop();
+        if let Some(ending) = vm.reset().map_err(VmmError::Reset)? {
+            return Ok(Some(ending));
+        }
+        vm.vcpus().resume();
+        vm.start()?;
+        events.tell("vm", "rebooted", &[]);
+        Ok(None)
+    }
+
+    /// Ends the VM's run, if it runs. It may stay what it was before it was booted.
+    fn drop_vm(&mut self, stays: bool) {
+        self.control.ended(stays);
+        if self.vm.take().is_some() {
+            self.surroundings.events.tell("vm", "shutdown", &[]);
+        }
+        // What the guest did last concerns nobody any more, and the next one least.
+        self.surroundings.endings.forget_guest();
+    }
+}
+
+impl Drop for Vmm {
+    fn drop(&mut self) {
+        self.control.close();
+        self.drop_vm(false);
+    }
+}
+
+impl fmt::Debug for Vmm {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Vmm")
+            .field("vm", &self.vm)
+            .finish_non_exhaustive()
+    }
+}
