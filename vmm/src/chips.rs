@@ -82,3 +82,14 @@ impl ChipsState {
             .map_err(|source| ChipsError { step, source })
     }
 }
+
+#[cfg(test)]
+impl ChipsState {
+    /// Whether no chip is in the same state.
+    pub(crate) fn differs_everywhere(&self, other: &Self) -> bool {
+        self.pic_master != other.pic_master
+            && self.pic_slave != other.pic_slave
+            && self.io_apic != other.io_apic
+            && self.pit != other.pit
+    }
+}

@@ -264,6 +264,14 @@ pub(crate) enum Timer {
     Deadline,
 }
 
+/// What the guest does in each round besides counting.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Rest {
+    Never,
+    /// It waits for the timer.
+    UntilTick,
+}
+
 /// Model specific registers that the guest gives values.
 pub(crate) const MSRS: [(u32, u64); 4] = [
     (0x174, 0x0010),                      // SYSENTER_CS
@@ -285,8 +293,8 @@ pub(crate) struct Guest {
 }
 
 impl Guest {
-    pub(crate) fn new(timer: Timer, sse: bool) -> Self {
-        Self::assemble(timer, sse).unwrap()
+    pub(crate) fn new(timer: Timer, rest: Rest, sse: bool) -> Self {
+        Self::assemble(timer, rest, sse).unwrap()
     }
 
     /// One that crashes with a triple fault.
@@ -303,7 +311,7 @@ impl Guest {
         }
     }
 
-    fn assemble(timer: Timer, sse: bool) -> Result<Self, IcedError> {
+    fn assemble(timer: Timer, rest: Rest, sse: bool) -> Result<Self, IcedError> {
         let mut code = CodeAssembler::new(32)?;
         let mut handler = code.create_label();
         let mut again = code.create_label();
@@ -334,6 +342,7 @@ impl Guest {
         c.mov(esi, 0x5151_5151)?;
         c.mov(edi, 0xd1d1_d1d1_u32)?;
         c.mov(ebp, 0xb9b9_b9b9_u32)?;
+        set_chips(c)?;
         start_timer(c, timer)?;
         c.sti()?;
 
@@ -352,6 +361,9 @@ impl Guest {
         c.set_label(&mut forward)?;
         c.mov(dword_ptr(LAST_TSC), ebx)?;
         c.mov(dword_ptr(LAST_TSC + 4), ecx)?;
+        if rest == Rest::UntilTick {
+            c.hlt()?;
+        }
         c.inc(dword_ptr(ROUNDS_AGAIN))?;
         c.cmp(dword_ptr(STOP), 0)?;
         c.je(again)?;
@@ -435,6 +447,28 @@ fn wrmsr(c: &mut CodeAssembler, index: u32, data: u64) -> Result<(), IcedError> 
     c.mov(eax, u32::try_from(data & 0xffff_ffff).unwrap())?;
     c.mov(edx, u32::try_from(data >> 32).unwrap())?;
     c.wrmsr()
+}
+
+/// Gives the chips values that they do not have at power-on, without their raising interrupts.
+fn set_chips(c: &mut CodeAssembler) -> Result<(), IcedError> {
+    const PIC_MASKS: [i32; 2] = [0x21, 0xa1];
+    const PIT_CHANNEL_0: i32 = 0x40;
+    const PIT_CONTROL: i32 = 0x43;
+    const IO_APIC: u32 = layout::IO_APIC;
+    for (port, value) in [
+        (PIC_MASKS[0], 0xfb),
+        (PIC_MASKS[1], 0xfe),
+        // Channel 0 counts once from 0x1234.
+        (PIT_CONTROL, 0x30),
+        (PIT_CHANNEL_0, 0x34),
+        (PIT_CHANNEL_0, 0x12),
+    ] {
+        c.mov(al, value)?;
+        c.out(port, al)?;
+    }
+    // Pin 5: vector 0x55, masked.
+    c.mov(dword_ptr(IO_APIC), 0x1a)?;
+    c.mov(dword_ptr(IO_APIC + 0x10), 0x1_0055)
 }
 
 /// Switches the local APIC and its timer on (Intel SDM, volume 3, 10.5.4).

@@ -6,11 +6,12 @@ use serde_json::{Value, json};
 
 use super::super::{VcpuError, ioctls};
 use super::VcpuState;
+use crate::chips::ChipsState;
 use crate::clock::TimeAway;
 use crate::ending::Ending;
 use crate::kvm::only_emulates;
 use crate::test_machine::{
-    GONE_BACK, Guest, LONG, MSRS, Machine, ROUNDS, ROUNDS_AGAIN, STOP, Saved, TICKS, Timer,
+    GONE_BACK, Guest, LONG, MSRS, Machine, ROUNDS, ROUNDS_AGAIN, Rest, STOP, Saved, TICKS, Timer,
     VECTORS, has_kvm, vector_word,
 };
 
@@ -44,8 +45,16 @@ fn finish(machine: &Machine) {
     }
 }
 
-fn running(timer: Timer) -> Machine {
-    let mut machine = Machine::with_guest(1, &Guest::new(timer, has_sse()));
+/// All kinds of guests.
+const KINDS: [(Timer, Rest); 4] = [
+    (Timer::Periodic, Rest::Never),
+    (Timer::Deadline, Rest::Never),
+    (Timer::Periodic, Rest::UntilTick),
+    (Timer::Deadline, Rest::UntilTick),
+];
+
+fn running(timer: Timer, rest: Rest) -> Machine {
+    let mut machine = Machine::with_guest(1, &Guest::new(timer, rest, has_sse()));
     machine.run();
     machine.wait_for_more(ROUNDS, 10);
     machine.wait_for_more(TICKS, 3);
@@ -103,8 +112,8 @@ fn guest_goes_on_in_another_vm() {
     if !has_kvm() {
         return;
     }
-    for timer in [Timer::Periodic, Timer::Deadline] {
-        let first = running(timer);
+    for (timer, rest) in KINDS {
+        let first = running(timer, rest);
         let saved = first.pause();
         assert_eq!(through_json(&saved), saved);
         let [vcpu] = saved.vcpus.as_slice() else {
@@ -114,6 +123,8 @@ fn guest_goes_on_in_another_vm() {
             let msr = vcpu.msrs.iter().find(|msr| msr.index == index);
             assert_eq!(msr.map(|msr| msr.data), Some(data), "MSR {index:#x}");
         }
+        let new = ChipsState::save(&Machine::new(1).vm).unwrap();
+        assert!(saved.chips.differs_everywhere(&new));
         assert_eq!(vcpu.debugregs.db, [0x1111, 0x2222, 0x3333, 0x4444]);
         assert_eq!(vcpu.regs.rsi, 0x5151_5151);
 
@@ -134,9 +145,9 @@ fn guest_outlives_a_thousand_pauses() {
     if !has_kvm() {
         return;
     }
-    for timer in [Timer::Periodic, Timer::Deadline] {
-        let machine = running(timer);
-        for _ in 0..500 {
+    for (timer, rest) in KINDS {
+        let machine = running(timer, rest);
+        for _ in 0..250 {
             let saved = machine.pause();
             let again = machine.vcpus.save().unwrap();
             assert_eq!(again[0].regs, saved.vcpus[0].regs);
@@ -153,7 +164,7 @@ fn guest_goes_through_many_vms() {
     if !has_kvm() {
         return;
     }
-    let mut machine = running(Timer::Deadline);
+    let mut machine = running(Timer::Deadline, Rest::UntilTick);
     for _ in 0..20 {
         let saved = machine.pause();
         let mut next = Machine::restored(&machine, &saved);
@@ -170,7 +181,7 @@ fn reset_brings_back_the_state_at_power_on() {
         return;
     }
     let new = Machine::new(1).read();
-    let mut machine = running(Timer::Periodic);
+    let mut machine = running(Timer::Periodic, Rest::Never);
     machine.stopped = machine.vcpus.stop();
     let used = machine.read();
     machine.stopped[0].reset().unwrap();
@@ -194,7 +205,7 @@ fn counters_stay_as_far_apart() {
     if !has_kvm() {
         return;
     }
-    let mut first = Machine::with_guest(2, &Guest::new(Timer::Periodic, has_sse()));
+    let mut first = Machine::with_guest(2, &Guest::new(Timer::Periodic, Rest::Never, has_sse()));
     let fd = &first.stopped[1].fd;
     let offset = ioctls::tsc_offset(fd).unwrap();
     ioctls::set_tsc_offset(fd, offset.wrapping_add(DISTANCE)).unwrap();
@@ -233,7 +244,7 @@ fn time_away_is_counted_on_demand() {
     if !has_kvm() {
         return;
     }
-    let first = running(Timer::Periodic);
+    let first = running(Timer::Periodic, Rest::Never);
     let mut saved = first.pause();
     saved.clock.age(AWAY);
     let clock = |machine: &Machine| machine.read().clock.kvmclock() - saved.clock.kvmclock();
@@ -263,7 +274,7 @@ fn running_vcpu_is_not_saved() {
     if !has_kvm() {
         return;
     }
-    let machine = running(Timer::Periodic);
+    let machine = running(Timer::Periodic, Rest::Never);
     let result = machine.vcpus.save();
     assert!(matches!(result, Err(VcpuError::NotPaused { vcpu: 0 })));
 }
