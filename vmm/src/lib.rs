@@ -19,6 +19,8 @@ mod cpuid;
 mod ending;
 mod event_loop;
 mod events;
+#[cfg(any(test, fuzzing))]
+pub mod fuzz;
 mod host_devices;
 mod interrupts;
 mod kvm;

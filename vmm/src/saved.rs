@@ -99,6 +99,12 @@ impl<'de, const MAX: usize> Deserialize<'de> for RawBytes<MAX> {
 #[derive(Clone, PartialEq, Debug)]
 pub(crate) struct List<T, const MAX: usize>(Vec<T>);
 
+impl<T, const MAX: usize> Default for List<T, MAX> {
+    fn default() -> Self {
+        Self(Vec::new())
+    }
+}
+
 impl<T, const MAX: usize> List<T, MAX> {
     /// None of more than `MAX`.
     pub(crate) fn new(elements: Vec<T>) -> Option<Self> {

@@ -17,7 +17,7 @@ use crate::saved::{List, Raw};
 use crate::vcpu::{XsaveSize, same_frequency};
 
 /// What a guest has been told of its CPUs.
-#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+#[derive(Clone, PartialEq, Debug, Default, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(crate) struct CpuProfile {
     /// What all vCPUs have in common.
@@ -165,6 +165,15 @@ pub(crate) enum Mismatch {
 
 fn describe_khz(khz: Option<u32>) -> String {
     khz.map_or_else(|| "no fixed frequency".into(), |khz| format!("{khz} kHz"))
+}
+
+#[cfg(any(test, fuzzing))]
+impl CpuProfile {
+    /// What `other` has less of, of what CPUID tells.
+    pub(crate) fn lacks_of(&self, other: &Self) -> Vec<Mismatch> {
+        let (ours, theirs) = (self.cpuid(), other.cpuid());
+        leaves::compare(Leaves(ours.entries()), Leaves(theirs.entries()))
+    }
 }
 
 #[cfg(test)]
