@@ -15,7 +15,7 @@ RELEASE := target/release
 QEMU ?= $(shell command -v qemu-system-x86_64)
 PROGRAMS := --package vmm --bin outrigger --package tests --bin lab-cases --bin bench
 
-.PHONY: help demo test test-iommufd unit lab soak vf peer setup programs bench lint clean
+.PHONY: help demo test test-iommufd unit unit-tests lab soak vf peer setup programs bench lint clean
 
 help: ## Shows this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' $(MAKEFILE_LIST)
@@ -38,7 +38,7 @@ unit: ## Runs the tests that need no Linux guest
 	SKIPPED_TESTS=$(SKIPPED) $(CARGO) test --workspace --locked
 	@$(SAY_SKIPPED)
 
-lab: programs ## Runs the cases that boot Linux guests
+lab: programs unit-tests ## Runs the cases that boot Linux guests
 	@tests/lab/mtty.sh
 ifndef CASES
 	@LAB_PARAMETERS=intel_iommu=off tests/lab/run.sh 120 $(RELEASE)/lab-cases no-iommu
@@ -69,6 +69,11 @@ setup: ## Fetches what the lab needs: packages, kernels, initramfs images
 
 programs: setup
 	$(CARGO) build --release --locked $(PROGRAMS)
+
+# Those of the machine, as a program for the lab.
+unit-tests: setup
+	@program=$$($(CARGO) test --package vmm --lib --no-run --locked --message-format=json-render-diagnostics | \
+	    sed -n 's/.*"executable":"\([^"]*\)".*/\1/p') && cp "$$program" target/lab/unit-tests
 
 bench: programs ## Measures start-up, memory and disks, beside QEMU; CLOUD_HYPERVISOR=PATH is measured, too
 	$(RELEASE)/bench --outrigger $(RELEASE)/outrigger \

@@ -55,6 +55,11 @@ impl Images {
         self.folder.join(format!("images/initramfs-{version}.cpio"))
     }
 
+    /// The unit tests of the machine.
+    pub fn unit_tests(&self) -> PathBuf {
+        self.folder.join("unit-tests")
+    }
+
     /// Where logs are kept.
     pub fn logs(&self) -> PathBuf {
         self.folder.join("logs")

@@ -13,6 +13,7 @@ mod passthrough;
 mod refusals;
 mod serial;
 mod servers;
+mod vcpu_state;
 mod vfio_command;
 mod virtual_function;
 mod work;
@@ -63,6 +64,7 @@ fn main() -> ExitCode {
     }
     suite.run("backend-contract", backend::contract);
     suite.run("backend-migration", backend::migration);
+    suite.run("vcpu-state", vcpu_state::unit_tests);
     suite.run("truncated-bar", servers::truncated_bar);
     suite.run("foreign-device", servers::foreign_device);
     suite.run("killed-and-stopped", servers::killed_and_stopped);
