@@ -153,7 +153,8 @@ pub fn parse(answer: &str) -> Result<Answer> {
         .with_context(|| format!("not HTTP: {answer:?}"))?;
     let status = head
         .strip_prefix("HTTP/1.1 ")
-        .and_then(|rest| rest.get(..3)?.parse().ok())
+        // As Cloud Hypervisor's client does.
+        .and_then(|rest| rest.lines().next()?.trim().parse().ok())
         .with_context(|| format!("no status: {head:?}"))?;
     let body = if body.is_empty() {
         Value::Null

@@ -4,7 +4,9 @@ use axum::Router;
 use axum::extract::{FromRequestParts, State};
 use axum::http::request::Parts;
 use axum::http::{HeaderName, StatusCode, Uri, header};
+use axum::middleware::map_response;
 use axum::response::{IntoResponse, Response};
+use hyper::ext::ReasonPhrase;
 use utoipa::OpenApi;
 use utoipa::openapi::OpenApi as Description;
 use utoipa_axum::router::OpenApiRouter;
@@ -55,8 +57,16 @@ pub(super) fn router(control: Control) -> (Router, Description) {
     let router = Router::new()
         .nest(ROOT, router)
         .fallback(unknown)
-        .method_not_allowed_fallback(wrong_method);
+        .method_not_allowed_fallback(wrong_method)
+        .layer(map_response(without_reason));
     (router, description)
+}
+
+/// Cloud Hypervisor's client takes all of a status line that is behind the version for a number.
+async fn without_reason(mut response: Response) -> Response {
+    let none = ReasonPhrase::from_static(b"");
+    response.extensions_mut().insert(none);
+    response
 }
 
 async fn unknown(uri: Uri) -> Refusal {
