@@ -24,6 +24,9 @@ pub enum BackendError {
     /// It is some other kind of device.
     #[error("it is not a PCI device")]
     NotPci,
+    /// It has no state that could be taken out.
+    #[error("it has no migration interface")]
+    Unmigratable,
     /// It does not come back from where somebody else's migration left it.
     #[error("it is in the state {state:?} and does not run: {remedy}")]
     NotRunning {

@@ -27,5 +27,5 @@ pub use passthrough::{
     Fingerprint, Mismatch, Passthrough, Probe, ProbeError, RestoreError, RungDoorbell, SaveError,
 };
 pub use remote::Remote;
-pub use serial::Serial;
+pub use serial::{Serial, SerialError, SerialState};
 pub use vfio_user_client::{DeviceState, MigrationFlags};

@@ -98,7 +98,6 @@ impl Interrupts {
 
     /// Takes all [edges](Self::edge) off the interrupt controllers, or, if `connected`, connects them again. What is
     /// signalled meanwhile waits.
-    #[allow(dead_code, reason = "for snapshots and migration, which are to come")]
     pub(crate) fn set_edges_connected(&self, connected: bool) -> Result<(), InterruptError> {
         for edge in self.shared.edges().iter_mut() {
             let (event, gsi) = (&edge.event, edge.gsi);
@@ -113,7 +112,6 @@ impl Interrupts {
     }
 
     /// The edges that have been signalled while they are disconnected, by their GSIs.
-    #[allow(dead_code, reason = "for snapshots and migration, which are to come")]
     pub(crate) fn signalled_edges(&self) -> Vec<u32> {
         let edges = self.shared.edges();
         let signalled = edges.iter().filter(|edge| is_signalled(&edge.event));
@@ -121,7 +119,6 @@ impl Interrupts {
     }
 
     /// Signals the edges with these GSIs, as far as there are such.
-    #[allow(dead_code, reason = "for snapshots and migration, which are to come")]
     pub(crate) fn signal_edges(&self, gsis: &[u32]) -> Result<(), InterruptError> {
         for edge in self.shared.edges().iter() {
             if gsis.contains(&edge.gsi) {

@@ -8,12 +8,10 @@ mod bars;
 mod boot;
 mod bus;
 mod chips;
-#[cfg_attr(not(test), allow(dead_code, reason = "for snapshots, which come next"))]
 mod clock;
 mod config;
 mod console;
 pub mod control;
-#[cfg_attr(not(test), allow(dead_code, reason = "for snapshots, which come next"))]
 mod cpu_profile;
 mod cpuid;
 mod ending;
@@ -35,6 +33,8 @@ mod platform;
 mod saved;
 mod servers;
 mod slots;
+mod snapshot;
+mod sparse;
 #[cfg(test)]
 mod test_machine;
 mod vcpu;

@@ -6,8 +6,9 @@
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::io;
+use std::ops::Range;
 use std::os::fd::AsFd;
-use std::os::unix::fs::MetadataExt as _;
+use std::os::unix::fs::{FileExt, MetadataExt as _};
 use std::sync::Arc;
 
 use devices::{DmaTarget, Mapping};
@@ -76,6 +77,7 @@ type RamRegion = GuestRegionMmap<AtomicBitmap>;
 pub(crate) struct Memory {
     _slots: Vec<Slot>,
     ram: Ram,
+    hugepages: bool,
 }
 
 impl Memory {
@@ -90,7 +92,11 @@ impl Memory {
             .collect::<Result<_, _>>()
             .map_err(MemoryError::Slot)?;
         let ram = Ram::from_arc_regions(regions).map_err(|_| MemoryError::Layout)?;
-        Ok(Self { _slots: slots, ram })
+        Ok(Self {
+            _slots: slots,
+            ram,
+            hugepages: config.hugepages,
+        })
     }
 
     /// The RAM itself.
@@ -115,6 +121,36 @@ impl Memory {
             .into()
     }
 
+    /// Its regions, from the lowest address on.
+    pub(crate) fn regions(&self) -> impl Iterator<Item = Region<'_>> {
+        self.ram.iter().filter_map(|region| {
+            let start = region.start_addr().0;
+            Some(Region {
+                range: start..start + region.len(),
+                file: region.file_offset()?.file(),
+            })
+        })
+    }
+
+    /// Writes to RAM that no guest uses yet. A range that is not wholly within a region is an
+    /// [`InvalidInput`](io::ErrorKind::InvalidInput).
+    pub(crate) fn write(&self, address: u64, data: &[u8]) -> io::Result<()> {
+        let end = address.checked_add(data.len() as u64);
+        let within = |region: &Region<'_>| {
+            region.range.start <= address && end.is_some_and(|end| end <= region.range.end)
+        };
+        let Some(region) = self.regions().find(within) else {
+            return Err(io::ErrorKind::InvalidInput.into());
+        };
+        if self.hugepages {
+            // Files of huge pages cannot be written to.
+            let written = self.ram.write_slice(data, GuestAddress(address));
+            written.map_err(|_| io::ErrorKind::InvalidInput.into())
+        } else {
+            region.file.write_all_at(data, address - region.range.start)
+        }
+    }
+
     /// The RAM for devices that reach it by messages.
     pub(crate) fn for_messages(&self) -> Arc<dyn GuestDma> {
         Arc::new(MessageDma(self.ram.clone()))
@@ -134,6 +170,15 @@ impl Memory {
         }
         Ok(())
     }
+}
+
+/// A region of guest RAM.
+#[derive(Debug)]
+pub(crate) struct Region<'m> {
+    /// Its guest physical addresses.
+    pub(crate) range: Range<u64>,
+    /// Its memfd, from offset 0 on.
+    pub(crate) file: &'m File,
 }
 
 impl HostMemory for RamRegion {

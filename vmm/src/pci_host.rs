@@ -10,6 +10,7 @@ use std::{fmt, io, thread};
 use devices::{Backend, BusDevice, Passthrough, Probe, Remote};
 use pci::{BarAllocator, Bdf, Cause, ConfigPorts, Ecam, Endpoint, HostBridge, Segment, TreePath};
 
+pub(crate) use self::save::{BusMismatch, PciState, PciStateError};
 use crate::bars::{Bars, Space};
 use crate::config::UserDeviceConfig;
 use crate::event_loop::{HostNotices, Server};

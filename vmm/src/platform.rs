@@ -38,6 +38,11 @@ impl Platform {
         Ok(Self { vm, chips, serial })
     }
 
+    /// The serial port, if there is one.
+    pub(crate) fn serial(&self) -> Option<&Serial> {
+        self.serial.as_deref()
+    }
+
     /// Puts everything back into its state at power-on. No vCPU runs, and no device has an interrupt.
     pub(crate) fn reset(&self) -> Result<(), Cause> {
         self.chips.restore(&self.vm)?;

@@ -46,7 +46,6 @@ impl Vcpus {
     }
 
     /// Reads the state of all vCPUs, which must be paused and stay so meanwhile. Each reads its own, all at the same time.
-    #[cfg_attr(not(test), allow(dead_code, reason = "for snapshots, which come next"))]
     pub(crate) fn save(&self) -> Result<Vec<VcpuState>, VcpuError> {
         let saving: Vec<_> = {
             let shared = self.lock();
@@ -69,6 +68,11 @@ impl Vcpus {
         } else {
             RunState::Pausing
         }
+    }
+
+    /// Whether all of them stand still.
+    pub(crate) fn are_paused(&self) -> bool {
+        self.run_state() == RunState::Paused
     }
 
     /// Lets paused vCPUs go on.

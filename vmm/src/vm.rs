@@ -1,5 +1,7 @@
 //! A virtual machine: all parts, put together, run and reset.
 
+mod restore;
+
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -9,6 +11,7 @@ use crate::boot::{BootError, Payload};
 use crate::bus::Bus;
 use crate::config::{ConfigError, VmConfig};
 use crate::console::{Console, ConsoleError};
+use crate::cpu_profile::CpuProfile;
 use crate::cpuid::CommonCpuid;
 use crate::ending::{Ending, Endings};
 use crate::event_loop::{EventLoop, LoopError, Signals};
@@ -17,7 +20,7 @@ use crate::host_devices::{self, HostDeviceError};
 use crate::interrupts::{InterruptError, Interrupts};
 use crate::kvm::{self, KvmError};
 use crate::layout;
-use crate::machine::Machine;
+use crate::machine::{Cpus, Machine};
 use crate::memory::{self, Memory, MemoryError};
 use crate::pci_host::{DeviceError, PciHost};
 use crate::platform::Platform;
@@ -94,7 +97,7 @@ pub enum VmError {
 }
 
 /// What is around a VM, and outlives it.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(crate) struct Surroundings {
     pub(crate) endings: Arc<Endings>,
     pub(crate) signals: Arc<Signals>,
@@ -135,6 +138,17 @@ impl Vm {
 
     /// As [`new`](Self::new), in a process that may make several VMs, one after the other.
     pub(crate) fn within(config: &VmConfig, surroundings: &Surroundings) -> Result<Self, VmError> {
+        let mut vm = Self::assemble(config, None, surroundings)?;
+        vm.load()?;
+        Ok(vm)
+    }
+
+    /// Makes everything and connects the devices. The CPUs are to be like those of a `saved` VM, if it has been one.
+    fn assemble(
+        config: &VmConfig,
+        saved: Option<&CpuProfile>,
+        surroundings: &Surroundings,
+    ) -> Result<Self, VmError> {
         config.validate()?;
         let payload = Payload::open(&config.payload)?;
         // They start while the machine is made.
@@ -142,10 +156,13 @@ impl Vm {
         let kvm = kvm::open()?;
         let vm = kvm::create_vm(&kvm, config.vcpus)?;
         vcpu::catch_kicks().map_err(VmError::Kicks)?;
-        let cpuid = CommonCpuid::new(&kvm, config.vcpus).map_err(|source| KvmError::Step {
-            step: "tell the CPUID it supports",
-            source,
-        })?;
+        let cpuid = match saved {
+            Some(saved) => saved.cpuid(),
+            None => CommonCpuid::new(&kvm, config.vcpus).map_err(|source| KvmError::Step {
+                step: "tell the CPUID it supports",
+                source,
+            })?,
+        };
         let windows = layout::pci_windows(memory::end(config.memory.size));
         check_address_bits(windows.memory64, cpuid.address_bits())?;
 
@@ -211,16 +228,20 @@ impl Vm {
             windows,
             serial: serial.is_some(),
         };
-        let platform = Platform::new(vm, &ports, serial, &endings).map_err(VmError::Platform)?;
+        let platform =
+            Platform::new(vm.clone(), &ports, serial, &endings).map_err(VmError::Platform)?;
         let machine = Machine {
             vcpus: Vcpus::default(),
             pci,
             platform,
             memory,
+            interrupts,
             power_button,
+            vm,
+            config: config.clone(),
+            cpus: Cpus::new(cpuid, saved.cloned()),
         };
-
-        let mut vm = Self {
+        Ok(Self {
             stopped,
             event_loop,
             endings,
@@ -228,9 +249,7 @@ impl Vm {
             payload,
             acpi,
             _servers: servers,
-        };
-        vm.load()?;
-        Ok(vm)
+        })
     }
 
     /// The vCPUs, for whoever wants to pause them.

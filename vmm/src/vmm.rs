@@ -4,7 +4,7 @@ use std::fmt;
 use std::sync::Arc;
 
 use crate::config::VmConfig;
-use crate::control::{Command, Control, ControlError, Request};
+use crate::control::{Command, Control, ControlError, Reply, Request};
 use crate::ending::{Ending, Endings};
 use crate::event_loop::{EventLoop, LoopError};
 use crate::events::Events;
@@ -52,7 +52,7 @@ enum End {
     /// The run of the guest has ended, and that is the end of it.
     Run(Ending),
     /// It was asked to.
-    Asked(Command),
+    Asked(Reply),
 }
 
 impl Vmm {
@@ -60,8 +60,8 @@ impl Vmm {
     pub fn new(policy: Policy, events: Events) -> Result<Self, VmmError> {
         events.tell("vmm", "starting", &[]);
         let endings = Arc::new(Endings::new().map_err(VmError::Event)?);
-        let control = Control::new(endings.clone(), events.clone());
         let surroundings = Surroundings::new(endings.clone(), events)?;
+        let control = Control::new(surroundings.clone());
         let mut idle = EventLoop::new(endings)?;
         idle.add(Box::new(surroundings.signals.watch(None)));
         Ok(Self {
@@ -93,9 +93,9 @@ impl Vmm {
         self.surroundings.events.tell("vmm", "shutdown", &[]);
         match end? {
             End::Run(ending) => Ok(ending),
-            End::Asked(command) => {
+            End::Asked(reply) => {
                 // Whoever hears this may start the next VM with the same devices at once.
-                command.answer(Ok(()));
+                reply.send(Ok(()));
                 Ok(Ending::Quit)
             }
         }
@@ -138,8 +138,8 @@ impl Vmm {
         }
     }
 
-    fn serve(&mut self, command: Command) -> Result<Option<End>, VmmError> {
-        let outcome = match command.request {
+    fn serve(&mut self, Command { request, reply }: Command) -> Result<Option<End>, VmmError> {
+        let outcome = match request {
             Request::Boot => self.control.to_boot().and_then(|config| {
                 self.start(&config)
                     .map_err(|error| ControlError::failed("the VM does not boot", error))
@@ -155,9 +155,12 @@ impl Vmm {
                 }
                 Err(error) => Err(error),
             },
-            Request::Quit => return Ok(Some(End::Asked(command))),
+            Request::Adopt { vm, config, resume } => self
+                .adopt(*vm, config, resume)
+                .map_err(|error| ControlError::failed("the VM does not go on", error)),
+            Request::Quit => return Ok(Some(End::Asked(reply))),
         };
-        command.answer(outcome);
+        reply.send(outcome);
         Ok(None)
     }
 
@@ -169,6 +172,17 @@ impl Vmm {
         vm.start()?;
         events.tell("vm", "booted", &[]);
         self.control.started(vm.machine());
+        self.vm = Some(vm);
+        Ok(())
+    }
+
+    /// Takes over a VM whose devices run already.
+    fn adopt(&mut self, mut vm: Vm, config: Arc<VmConfig>, resume: bool) -> Result<(), VmError> {
+        if !resume {
+            vm.vcpus().pause();
+        }
+        vm.start()?;
+        self.control.adopted(config, vm.machine());
         self.vm = Some(vm);
         Ok(())
     }

@@ -158,7 +158,8 @@ impl Passthrough {
         });
     }
 
-    fn is_lost(&self) -> bool {
+    /// Whether the device has been given up.
+    pub fn is_lost(&self) -> bool {
         self.lost.load(Ordering::Acquire)
     }
 

@@ -12,13 +12,14 @@ use std::sync::Arc;
 
 use pci::{BarIndex, Cause, TreePath};
 use rustix::io::{ReadWriteFlags, preadv2};
+use vfio_user_client::DeviceState;
 
 use super::config::{Config, Effects};
 use super::interrupts::{Mode, signal};
 use super::state::{EndpointState, RestoreError, RungDoorbell, SaveError};
 use super::{Fingerprint, Passthrough, Probe, Wiring};
-use crate::backend::Doorbell;
-use crate::migration::Migration;
+use crate::backend::{BackendError, Doorbell};
+use crate::migration::{Fallback, Left, Migration, TransitionError, transition};
 
 /// The doorbells of a device.
 #[derive(Debug)]
@@ -43,6 +44,24 @@ impl Passthrough {
     /// How the device's own state is taken out and put back, if it can be.
     pub fn migration(&self) -> Option<&dyn Migration> {
         self.backend.migration()
+    }
+
+    /// Brings the device into a state. If it does not get there, it is told where it has been left instead. One that
+    /// cannot migrate runs, always.
+    pub fn change_state(&self, state: DeviceState) -> Result<(), TransitionError> {
+        let failed = |source| TransitionError {
+            target: state,
+            left: Left::Stuck,
+            source,
+        };
+        let Some(device) = self.migration() else {
+            return match state {
+                DeviceState::Running => Ok(()),
+                _ => Err(failed(BackendError::Unmigratable)),
+            };
+        };
+        let fallback = Fallback::of(device.state().map_err(failed)?, state);
+        transition(device, state, fallback, || Ok(self.backend.reset()?))
     }
 
     /// Takes the device's interrupts off the interrupt controllers, whose state then does not change any more. What the

@@ -346,10 +346,12 @@ mod tests {
     use super::*;
     use crate::ending::Endings;
     use crate::events::Events;
+    use crate::vm::Surroundings;
 
     #[test]
     fn description_is_the_one_that_is_checked_in() {
-        let control = Control::new(Arc::new(Endings::new().unwrap()), Events::default());
+        let endings = Arc::new(Endings::new().unwrap());
+        let control = Control::new(Surroundings::new(endings, Events::default()).unwrap());
         let (_, description) = router(control);
         let made = description.to_pretty_json().unwrap() + "\n";
         let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../resources/openapi.json");

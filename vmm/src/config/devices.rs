@@ -3,11 +3,14 @@
 use std::os::fd::RawFd;
 use std::path::{Path, PathBuf};
 
+use serde::{Deserialize, Serialize};
+
 use super::ConfigError;
 use crate::options::{OptionError, Options};
 
 /// A vfio-user device.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct UserDeviceConfig {
     /// The name by which it is spoken of.
     pub id: String,
@@ -16,7 +19,8 @@ pub struct UserDeviceConfig {
 }
 
 /// A device of the host.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct HostDeviceConfig {
     /// The name by which it is spoken of.
     pub id: String,
@@ -27,16 +31,19 @@ pub struct HostDeviceConfig {
 }
 
 /// Where a device of the host comes from.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub enum HostDeviceSource {
     /// A sysfs directory, a PCI address or the UUID of a mediated device.
     Path(String),
     /// A descriptor of its VFIO character device, which this process was started with.
+    #[serde(skip)]
     Descriptor(RawFd),
 }
 
 /// How the host's devices get at guest memory.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub enum IommufdConfig {
     /// By iommufd if the host has it for all of them, else by VFIO's groups.
     #[default]
@@ -46,6 +53,7 @@ pub enum IommufdConfig {
     /// By VFIO's groups.
     Off,
     /// By an iommufd that this process was started with.
+    #[serde(skip)]
     Descriptor(RawFd),
 }
 

@@ -2,12 +2,15 @@
 
 use std::path::PathBuf;
 
+use serde::{Deserialize, Serialize};
+
 use super::ConfigError;
 use super::devices::option_error;
 use crate::options::{OptionError, Options};
 
 /// A disk: a file or a block device of the host, served by a process of its own.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct DiskConfig {
     /// The name by which it is spoken of.
     pub id: String,

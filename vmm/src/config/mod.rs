@@ -7,6 +7,8 @@ mod net;
 use std::collections::BTreeSet;
 use std::path::PathBuf;
 
+use serde::{Deserialize, Serialize};
+
 pub use self::devices::{HostDeviceConfig, HostDeviceSource, IommufdConfig, UserDeviceConfig};
 pub use self::disk::DiskConfig;
 pub use self::net::NetConfig;
@@ -76,7 +78,8 @@ pub enum ConfigError {
 }
 
 /// A VM.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct VmConfig {
     /// What it boots.
     pub payload: PayloadConfig,
@@ -99,7 +102,8 @@ pub struct VmConfig {
 }
 
 /// What a VM boots.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct PayloadConfig {
     /// A bzImage, or an ELF file with a PVH note.
     pub kernel: PathBuf,
@@ -110,7 +114,8 @@ pub struct PayloadConfig {
 }
 
 /// RAM.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct MemoryConfig {
     /// Its size in bytes.
     pub size: u64,
@@ -121,7 +126,8 @@ pub struct MemoryConfig {
 }
 
 /// The other end of the serial port.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub enum SerialConfig {
     /// There is no port.
     Off,

@@ -1,19 +1,22 @@
 //! `--net`.
 
 use device_servers::net::MacAddress;
+use serde::{Deserialize, Serialize};
 
 use super::ConfigError;
 use super::devices::option_error;
 use crate::options::{OptionError, Options};
 
 /// A network card on a tap of the host, served by a process of its own.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct NetConfig {
     /// The name by which it is spoken of.
     pub id: String,
     /// The tap, unless one is to be made.
     pub tap: Option<String>,
     /// The MAC address of the guest's end, unless it is left to chance.
+    #[serde(with = "mac_as_text")]
     pub mac: Option<MacAddress>,
     /// The MTU in bytes, unless that of the tap.
     pub mtu: Option<u16>,
@@ -57,6 +60,29 @@ fn mac(options: &mut Options) -> Result<Option<MacAddress>, OptionError> {
         })
     };
     options.string("mac").map(parse).transpose()
+}
+
+/// MAC addresses in saved configurations look as they do elsewhere.
+mod mac_as_text {
+    use device_servers::net::MacAddress;
+    use serde::de::Error as _;
+    use serde::{Deserialize as _, Deserializer, Serialize as _, Serializer};
+
+    #[expect(clippy::ref_option, reason = "serde calls it so")]
+    pub(super) fn serialize<S: Serializer>(
+        mac: &Option<MacAddress>,
+        serializer: S,
+    ) -> Result<S::Ok, S::Error> {
+        mac.map(|mac| mac.to_string()).serialize(serializer)
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(
+        deserializer: D,
+    ) -> Result<Option<MacAddress>, D::Error> {
+        let text = Option::<String>::deserialize(deserializer)?;
+        text.map(|text| text.parse().map_err(D::Error::custom))
+            .transpose()
+    }
 }
 
 #[cfg(test)]

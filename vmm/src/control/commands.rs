@@ -6,10 +6,12 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use tokio::sync::oneshot;
 
 use super::ControlError;
+use crate::config::VmConfig;
 use crate::ending::Endings;
+use crate::vm::Vm;
 
 /// Something that only the main thread can do.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug)]
 pub(crate) enum Request {
     /// Makes the VM that has been created, and starts it.
     Boot,
@@ -19,6 +21,15 @@ pub(crate) enum Request {
     Delete,
     /// Resets the VM and starts it again.
     Reboot,
+    /// Runs a VM that has been made elsewhere, or has it stand still if it is not to `resume`.
+    Adopt {
+        /// The VM, whose devices run.
+        vm: Box<Vm>,
+        /// What it is.
+        config: Arc<VmConfig>,
+        /// Whether its vCPUs go on, too.
+        resume: bool,
+    },
     /// Ends the VMM.
     Quit,
 }
@@ -27,13 +38,17 @@ pub(crate) enum Request {
 #[derive(Debug)]
 pub(crate) struct Command {
     pub(crate) request: Request,
-    reply: oneshot::Sender<Result<(), ControlError>>,
+    pub(crate) reply: Reply,
 }
 
-impl Command {
-    /// Tells the outcome to whoever still waits for it.
-    pub(crate) fn answer(self, outcome: Result<(), ControlError>) {
-        let _ = self.reply.send(outcome);
+/// Who waits for an outcome, if somebody still does.
+#[derive(Debug)]
+pub(crate) struct Reply(oneshot::Sender<Result<(), ControlError>>);
+
+impl Reply {
+    /// Tells the outcome.
+    pub(crate) fn send(self, outcome: Result<(), ControlError>) {
+        let _ = self.0.send(outcome);
     }
 }
 
@@ -43,14 +58,19 @@ pub struct Pending(oneshot::Receiver<Result<(), ControlError>>);
 
 impl Pending {
     /// An outcome, and where it is to be told.
-    pub(super) fn new() -> (oneshot::Sender<Result<(), ControlError>>, Self) {
+    pub(super) fn new() -> (Reply, Self) {
         let (sender, receiver) = oneshot::channel();
-        (sender, Self(receiver))
+        (Reply(sender), Self(receiver))
     }
 
     /// Waits for it.
     pub async fn outcome(self) -> Result<(), ControlError> {
         self.0.await.unwrap_or(Err(ControlError::Ending))
+    }
+
+    /// As [`outcome`](Self::outcome), for a thread that has nothing else to do.
+    pub(super) fn wait(self) -> Result<(), ControlError> {
+        self.0.blocking_recv().unwrap_or(Err(ControlError::Ending))
     }
 }
 

@@ -10,6 +10,7 @@ mod error;
 mod operations;
 mod progress;
 mod request;
+mod snapshots;
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -17,7 +18,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 pub use self::commands::Pending;
-pub(crate) use self::commands::{Command, Commands, Request};
+pub(crate) use self::commands::{Command, Commands, Reply, Request};
 pub use self::counters::Counters;
 pub use self::error::ControlError;
 use self::operations::Operations;
@@ -27,10 +28,10 @@ pub use self::request::{
     SnapshotRequest, TimeoutStrategy, snapshot_directory,
 };
 use crate::config::VmConfig;
-use crate::ending::Endings;
 use crate::events::Events;
 use crate::machine::Machine;
 use crate::vcpus::RunState;
+use crate::vm::{Surroundings, Vm};
 
 /// A handle to a VMM.
 #[derive(Debug, Clone)]
@@ -41,7 +42,7 @@ struct Shared {
     vm: Mutex<Slot>,
     commands: Commands,
     operations: Operations,
-    events: Events,
+    surroundings: Surroundings,
 }
 
 /// The place of the one VM that a VMM has at a time.
@@ -85,12 +86,12 @@ pub struct VmInfo {
 }
 
 impl Control {
-    pub(crate) fn new(endings: Arc<Endings>, events: Events) -> Self {
+    pub(crate) fn new(surroundings: Surroundings) -> Self {
         Self(Arc::new(Shared {
             vm: Mutex::default(),
-            commands: Commands::new(endings),
+            commands: Commands::new(surroundings.endings.clone()),
             operations: Operations::default(),
-            events,
+            surroundings,
         }))
     }
 
@@ -130,7 +131,7 @@ impl Control {
             return Err(ControlError::HasVm);
         }
         slot.config = Some(Arc::new(config));
-        self.0.events.tell("vm", "created", &[]);
+        self.events().tell("vm", "created", &[]);
         Ok(())
     }
 
@@ -146,8 +147,8 @@ impl Control {
             machine.vcpus.pause();
             machine.vcpus.clone()
         };
-        self.0.events.tell("vm", "pausing", &[]);
-        let events = self.0.events.clone();
+        self.events().tell("vm", "pausing", &[]);
+        let events = self.events().clone();
         // Whoever wants to know when they stand still is not in this thread.
         let waiter = thread::Builder::new().name("pause".into()).spawn(move || {
             if vcpus.wait_paused(Instant::now() + PAUSE_EVENT) {
@@ -169,7 +170,7 @@ impl Control {
             return Err(slot.wrong("paused"));
         }
         machine.vcpus.resume();
-        self.0.events.tell("vm", "resumed", &[]);
+        self.events().tell("vm", "resumed", &[]);
         Ok(())
     }
 
@@ -210,7 +211,12 @@ impl Control {
         // Held until the operation is known to go on, so that nothing comes between.
         let slot = self.slot();
         match operation {
-            Operation::Snapshot(_) | Operation::Send(_) => {
+            Operation::Snapshot(_) => {
+                if slot.running()?.vcpus.run_state() == RunState::Running {
+                    return Err(slot.wrong("paused"));
+                }
+            }
+            Operation::Send(_) => {
                 slot.running()?;
             }
             Operation::Restore(_) | Operation::Receive(_) => {
@@ -234,7 +240,26 @@ impl Control {
 
     /// Where events are told.
     pub(crate) fn events(&self) -> &Events {
-        &self.0.events
+        &self.0.surroundings.events
+    }
+
+    /// What a new VM is to be put into.
+    fn surroundings(&self) -> &Surroundings {
+        &self.0.surroundings
+    }
+
+    /// The machine of the VM that runs.
+    fn machine(&self) -> Result<Arc<Machine>, ControlError> {
+        self.slot().running().cloned()
+    }
+
+    /// Has the main thread take over a VM whose devices run, and waits until it has. Not for the main thread.
+    fn adopt(&self, vm: Vm, config: Arc<VmConfig>, resume: bool) -> Result<(), ControlError> {
+        let vm = Box::new(vm);
+        self.0
+            .commands
+            .send(Request::Adopt { vm, config, resume })
+            .wait()
     }
 
     /// What the main thread has been asked to do.
@@ -256,6 +281,13 @@ impl Control {
     /// Says that the VM runs.
     pub(crate) fn started(&self, machine: Arc<Machine>) {
         self.slot().machine = Some(machine);
+    }
+
+    /// Says that a VM with this configuration runs, or stands still, that was not created here.
+    pub(crate) fn adopted(&self, config: Arc<VmConfig>, machine: Arc<Machine>) {
+        let mut slot = self.slot();
+        slot.config = Some(config);
+        slot.machine = Some(machine);
     }
 
     /// An error, unless the VM runs and no operation has to do with it.
@@ -336,9 +368,11 @@ impl Slot {
 mod tests {
     use super::*;
     use crate::config::tests::config;
+    use crate::ending::Endings;
 
     fn control() -> Control {
-        Control::new(Arc::new(Endings::new().unwrap()), Events::default())
+        let endings = Arc::new(Endings::new().unwrap());
+        Control::new(Surroundings::new(endings, Events::default()).unwrap())
     }
 
     #[test]

@@ -1,5 +1,4 @@
 //! Saving and restoring the bus and all that is on it, and comparing it with another.
-#![allow(dead_code, reason = "for snapshots and migration, which are to come")]
 
 use std::fmt::Display;
 use std::sync::Arc;

@@ -189,7 +189,6 @@ impl Vcpu {
     }
 
     /// Puts a state into the vCPU, which has not run yet.
-    #[cfg_attr(not(test), allow(dead_code, reason = "for snapshots, which come next"))]
     pub(crate) fn restore(&mut self, state: &VcpuState) -> Result<(), VcpuError> {
         state.restore(&self.fd, &self.scope, self.id)?;
         self.tell_of_pause();

@@ -1,0 +1,228 @@
+//! A VM's state in a directory: what it is and the state of its platform in `machine.json`, its RAM in `ram`, and each
+//! device's own state in `device-0` and so on, in the order in which they were attached.
+//!
+//! `machine.json` is written last, so a directory without it has no snapshot. The files are never mapped: a guest would
+//! write into one that is shared, and devices would not see what a guest writes into one that is private.
+
+mod folder;
+
+use std::io::{self, Read, Write};
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+use self::folder::Folder;
+use crate::machine::device_data::{self, DeviceDataError};
+use crate::machine::state::{Description, MachineState, StateError};
+use crate::machine::{FreezeError, Frozen, Machine};
+use crate::memory::Memory;
+use crate::sparse::{self, FilePart, Sink};
+
+/// The longest `machine.json`, in bytes: 254 vCPUs take a tenth of it.
+const MAX_DOCUMENT: u64 = 64 << 20;
+
+const MACHINE: &str = "machine.json";
+const RAM: &str = "ram";
+
+/// Why there is no snapshot, or none that can be restored.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum SnapshotError {
+    /// A file of it.
+    #[error("{}", path.display())]
+    File {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        #[source]
+        source: io::Error,
+    },
+    /// The directory has one already.
+    #[error("{} has a snapshot already; choose another directory, or remove it", .0.display())]
+    Exists(PathBuf),
+    /// The directory has none.
+    #[error("{} has no complete snapshot", .0.display())]
+    Incomplete(PathBuf),
+    /// `machine.json` is none.
+    #[error("{} is no description of a VM", path.display())]
+    Document {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        #[source]
+        source: serde_json::Error,
+    },
+    /// `ram` is not as long as the VM's RAM.
+    #[error("{} is {here} bytes long, and should be {expected}", path.display())]
+    Length {
+        /// The file.
+        path: PathBuf,
+        /// Its length.
+        here: u64,
+        /// What it should be.
+        expected: u64,
+    },
+    /// The VM cannot be held still.
+    #[error(transparent)]
+    Freeze(#[from] FreezeError),
+    /// The state of the platform cannot be had.
+    #[error(transparent)]
+    State(#[from] StateError),
+    /// The state of a device cannot be had or taken.
+    #[error(transparent)]
+    Device(#[from] DeviceDataError),
+}
+
+/// What `machine.json` has.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Document {
+    machine: Description,
+    state: MachineState,
+}
+
+/// Writes the state of a paused machine into a directory, which is made if there is none. `progress` hears of bytes of RAM,
+/// and can end it. The machine stays paused, and its devices run again when this returns.
+pub(crate) fn save(
+    machine: &Machine,
+    path: &Path,
+    progress: &(impl Fn(u64) -> io::Result<()> + Sync),
+) -> Result<(), SnapshotError> {
+    machine.check_migratable()?;
+    let mut folder = Folder::create(path, MACHINE)?;
+    let frozen = machine.freeze()?;
+    for (index, device) in machine.pci.devices().iter().enumerate() {
+        let mut file = folder.create_file(&device_file(index))?;
+        device_data::read(device, |bytes| file.write_all(bytes))?;
+        folder.keep(&device_file(index), &file)?;
+    }
+    save_ram(&frozen, &mut folder, progress)?;
+    let document = Document {
+        machine: machine.describe()?,
+        state: frozen.state()?,
+    };
+    let document = serde_json::to_vec(&document).map_err(|source| SnapshotError::Document {
+        path: path.join(MACHINE),
+        source,
+    })?;
+    folder.complete(MACHINE, &document)
+}
+
+fn save_ram(
+    frozen: &Frozen<'_>,
+    folder: &mut Folder,
+    progress: &(impl Fn(u64) -> io::Result<()> + Sync),
+) -> Result<(), SnapshotError> {
+    let memory = &frozen.machine().memory;
+    let file = folder.create_file(RAM)?;
+    let failed = |source| SnapshotError::File {
+        path: folder.path(RAM),
+        source,
+    };
+    file.set_len(memory.size()).map_err(failed)?;
+    let mut start = 0;
+    for region in memory.regions() {
+        let length = region.range.end - region.range.start;
+        let from = FilePart {
+            file: region.file,
+            start: 0,
+        };
+        let to = FilePart { file: &file, start };
+        sparse::copy(&from, length, &to, progress).map_err(failed)?;
+        start += length;
+    }
+    folder.keep(RAM, &file)
+}
+
+fn device_file(index: usize) -> String {
+    format!("device-{index}")
+}
+
+/// A snapshot that has been read, except for RAM and the devices.
+#[derive(Debug)]
+pub(crate) struct Snapshot {
+    folder: Folder,
+    /// What the VM is like.
+    pub(crate) machine: Description,
+    /// The state of its platform.
+    pub(crate) state: MachineState,
+}
+
+impl Snapshot {
+    /// Reads what is not large.
+    pub(crate) fn open(path: &Path) -> Result<Self, SnapshotError> {
+        let folder = Folder::open(path)?;
+        let path = folder.path(MACHINE);
+        let Some(file) = folder.open_file_if_any(MACHINE)? else {
+            return Err(SnapshotError::Incomplete(folder.path("")));
+        };
+        let mut text = Vec::new();
+        file.take(MAX_DOCUMENT)
+            .read_to_end(&mut text)
+            .map_err(|source| SnapshotError::File {
+                path: path.clone(),
+                source,
+            })?;
+        let document = serde_json::from_slice(&text);
+        let Document { machine, state } =
+            document.map_err(|source| SnapshotError::Document { path, source })?;
+        Ok(Self {
+            folder,
+            machine,
+            state,
+        })
+    }
+
+    /// Reads RAM into memory that nobody has written to yet. `progress` hears of bytes, and can end it.
+    pub(crate) fn load_ram(
+        &self,
+        memory: &Memory,
+        progress: &(impl Fn(u64) -> io::Result<()> + Sync),
+    ) -> Result<(), SnapshotError> {
+        let file = self.folder.open_file(RAM)?;
+        let failed = |source| SnapshotError::File {
+            path: self.folder.path(RAM),
+            source,
+        };
+        let (here, expected) = (file.metadata().map_err(failed)?.len(), memory.size());
+        if here != expected {
+            return Err(SnapshotError::Length {
+                path: self.folder.path(RAM),
+                here,
+                expected,
+            });
+        }
+        let mut start = 0;
+        for region in memory.regions() {
+            let length = region.range.end - region.range.start;
+            let from = FilePart { file: &file, start };
+            let to = Ram {
+                memory,
+                start: region.range.start,
+            };
+            sparse::copy(&from, length, &to, progress).map_err(failed)?;
+            start += length;
+        }
+        Ok(())
+    }
+
+    /// Has the devices of a machine take their state. They then stand still.
+    pub(crate) fn load_devices(&self, machine: &Machine) -> Result<(), SnapshotError> {
+        for (index, device) in machine.pci.devices().iter().enumerate() {
+            let mut file = self.folder.open_file(&device_file(index))?;
+            device_data::write(device, |piece| file.read(piece))?;
+        }
+        Ok(())
+    }
+}
+
+/// A region of guest RAM.
+struct Ram<'m> {
+    memory: &'m Memory,
+    start: u64,
+}
+
+impl Sink for Ram<'_> {
+    fn write(&self, offset: u64, data: &[u8]) -> io::Result<()> {
+        self.memory.write(self.start + offset, data)
+    }
+}
