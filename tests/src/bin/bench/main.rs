@@ -2,6 +2,7 @@
 //!
 //! The programs run the same tiny guests, and take turns, so that what else goes on in the machine disturbs all alike.
 
+mod api;
 mod disk;
 mod program;
 mod start;
@@ -10,7 +11,7 @@ use std::path::PathBuf;
 
 use clap::Parser;
 
-/// Measures start-up and memory, and the speed of disks.
+/// Measures start-up and memory, the control API, and the speed of disks.
 #[derive(Debug, Parser)]
 struct Arguments {
     /// The release build of outrigger
@@ -37,6 +38,7 @@ fn main() -> anyhow::Result<()> {
     let arguments = Arguments::parse();
     if arguments.runs > 0 {
         start::measure(&arguments)?;
+        api::measure(&arguments)?;
     }
     if arguments.disk_runs > 0 {
         disk::measure(&arguments)?;
