@@ -86,7 +86,7 @@ async fn serve(
     mut stopped: watch::Receiver<bool>,
 ) -> io::Result<()> {
     let listener = UnixListener::from_std(listener)?;
-    let (router, _) = endpoints::router(control);
+    let router = endpoints::router(control);
     let free = Arc::new(Semaphore::new(CONNECTIONS));
     let all = CONNECTIONS.try_into().unwrap_or(u32::MAX);
     let stop = stopped.clone();

@@ -4,10 +4,12 @@ use std::collections::BTreeMap;
 use std::time::Instant;
 
 use serde::{Deserialize, Serialize};
+#[cfg(test)]
 use utoipa::ToSchema;
 
 /// An operation that takes a VM's state out, puts it back, or moves it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(ToSchema))]
 pub enum OperationKind {
     /// `vm.snapshot`
     Snapshot,
@@ -32,7 +34,8 @@ impl OperationKind {
 }
 
 /// How far an operation has come. The last four are its ends.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(ToSchema))]
 pub enum Phase {
     /// It waits for the other end, or checks what there is against what will be needed.
     Preparing,
@@ -77,7 +80,8 @@ impl Phase {
 }
 
 /// An operation's progress.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(ToSchema))]
 pub struct MigrationProgress {
     /// What it does.
     pub operation: OperationKind,
@@ -113,12 +117,13 @@ pub struct MigrationProgress {
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub error: Vec<String>,
     #[serde(skip)]
-    #[schema(ignore)]
+    #[cfg_attr(test, schema(ignore))]
     started: Option<Instant>,
 }
 
 /// What is known of a device in the course of an operation.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(ToSchema))]
 pub struct DeviceProgress {
     /// The state of the device, as VFIO names it.
     pub state: String,

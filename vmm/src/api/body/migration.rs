@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
+#[cfg(test)]
 use utoipa::ToSchema;
 
 use super::rest::Rest;
@@ -15,7 +16,8 @@ use crate::control::{
 const MAX_CONNECTIONS: u8 = 16;
 
 /// Where a snapshot is to go.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(ToSchema))]
 #[serde(deny_unknown_fields)]
 pub struct SnapshotConfig {
     /// `file:///PATH`, a directory.
@@ -23,7 +25,8 @@ pub struct SnapshotConfig {
 }
 
 /// Which snapshot is to be restored.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(ToSchema))]
 pub struct RestoreConfig {
     /// `file:///PATH`, a directory.
     pub source_url: String,
@@ -40,12 +43,13 @@ pub struct RestoreConfig {
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub devices: Vec<DeviceOverride>,
     #[serde(flatten, skip_serializing)]
-    #[schema(ignore)]
+    #[cfg_attr(test, schema(ignore))]
     rest: Rest,
 }
 
 /// How memory comes back.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(ToSchema))]
 pub enum MemoryRestoreMode {
     /// Before the guest goes on.
     #[default]
@@ -53,7 +57,8 @@ pub enum MemoryRestoreMode {
 }
 
 /// Where a VM is to go, and how.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(ToSchema))]
 pub struct SendMigrationData {
     /// `tcp:HOST:PORT` or `unix:PATH`.
     pub destination_url: String,
@@ -62,18 +67,18 @@ pub struct SendMigrationData {
     pub local: bool,
     /// How long the guest may stand still, in milliseconds.
     #[serde(default = "downtime")]
-    #[schema(minimum = 1)]
+    #[cfg_attr(test, schema(minimum = 1))]
     pub downtime_ms: u64,
     /// How long it may take until the guest is stopped, in seconds.
     #[serde(default = "time_limit")]
-    #[schema(minimum = 1)]
+    #[cfg_attr(test, schema(minimum = 1))]
     pub timeout_s: u64,
     /// What happens then.
     #[serde(default)]
     pub timeout_strategy: TimeoutStrategy,
     /// Over how many connections memory is sent.
     #[serde(default = "connections")]
-    #[schema(minimum = 1, maximum = 16)]
+    #[cfg_attr(test, schema(minimum = 1, maximum = 16))]
     pub connections: u8,
     /// The directory with `ca-cert.pem`, `client-cert.pem` and `client-key.pem`, for TLS.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -85,12 +90,13 @@ pub struct SendMigrationData {
     #[serde(default)]
     pub memory_mode: MemoryMode,
     #[serde(flatten, skip_serializing)]
-    #[schema(ignore)]
+    #[cfg_attr(test, schema(ignore))]
     rest: Rest,
 }
 
 /// Where a VM is to come from, and how.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(ToSchema))]
 pub struct ReceiveMigrationData {
     /// `tcp:HOST:PORT` or `unix:PATH`.
     pub receiver_url: String,
@@ -107,12 +113,13 @@ pub struct ReceiveMigrationData {
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub devices: Vec<DeviceOverride>,
     #[serde(flatten, skip_serializing)]
-    #[schema(ignore)]
+    #[cfg_attr(test, schema(ignore))]
     rest: Rest,
 }
 
 /// When memory is sent.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(ToSchema))]
 pub enum MemoryMode {
     /// Before the guest runs at its destination.
     #[default]
@@ -120,7 +127,8 @@ pub enum MemoryMode {
 }
 
 /// What happens to a migration that takes too long.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(ToSchema))]
 pub enum TimeoutStrategy {
     /// The VM stays.
     #[default]
@@ -130,7 +138,8 @@ pub enum TimeoutStrategy {
 }
 
 /// Where a device is on this host.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(ToSchema))]
 #[serde(deny_unknown_fields)]
 pub struct DeviceOverride {
     /// The device.

@@ -8,6 +8,7 @@ mod vm;
 use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
+#[cfg(test)]
 use utoipa::ToSchema;
 
 pub use self::migration::{
@@ -21,7 +22,8 @@ pub use self::vm::{
 use crate::control;
 
 /// What the VMM is.
-#[derive(Debug, Serialize, Deserialize, ToSchema)]
+#[derive(Debug, Serialize, Deserialize)]
+#[cfg_attr(test, derive(ToSchema))]
 pub struct VmmPing {
     /// As `version`.
     pub build_version: String,
@@ -47,7 +49,8 @@ impl VmmPing {
 }
 
 /// What a VM does.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(ToSchema))]
 pub enum VmState {
     /// It has been described, and does not run.
     Created,
@@ -68,7 +71,8 @@ impl From<control::VmState> for VmState {
 }
 
 /// What is known of a VM.
-#[derive(Debug, Serialize, Deserialize, ToSchema)]
+#[derive(Debug, Serialize, Deserialize)]
+#[cfg_attr(test, derive(ToSchema))]
 pub struct VmInfo {
     /// What it is to be.
     pub config: VmConfig,
@@ -81,7 +85,8 @@ pub struct VmInfo {
 }
 
 /// A device of a VM.
-#[derive(Debug, Serialize, Deserialize, ToSchema)]
+#[derive(Debug, Serialize, Deserialize)]
+#[cfg_attr(test, derive(ToSchema))]
 pub struct DeviceNode {
     /// Its id.
     pub id: String,
@@ -90,7 +95,7 @@ pub struct DeviceNode {
     /// None.
     pub children: Vec<String>,
     /// None.
-    #[schema(value_type = Vec<Object>)]
+    #[cfg_attr(test, schema(value_type = Vec<Object>))]
     pub resources: Vec<serde_json::Value>,
 }
 
@@ -115,6 +120,7 @@ impl From<control::VmInfo> for VmInfo {
 }
 
 /// Counts by what is counted, by device or part of the machine.
-#[derive(Debug, Serialize, Deserialize, ToSchema)]
+#[derive(Debug, Serialize, Deserialize)]
+#[cfg_attr(test, derive(ToSchema))]
 #[serde(transparent)]
 pub struct VmCounters(pub control::Counters);

@@ -1,12 +1,14 @@
 //! What a VM is to be: the body of `vm.create`, and a part of that of `vm.info`.
 
 use serde::{Deserialize, Serialize};
+#[cfg(test)]
 use utoipa::ToSchema;
 
 use super::rest::Rest;
 
 /// A VM. Fields of Cloud Hypervisor's that are not listed here are accepted with their usual values only.
-#[derive(Debug, Clone, PartialEq, Deserialize, Serialize, ToSchema)]
+#[derive(Debug, Clone, PartialEq, Deserialize, Serialize)]
+#[cfg_attr(test, derive(ToSchema))]
 pub struct VmConfig {
     /// What it boots.
     pub payload: Payload,
@@ -38,12 +40,13 @@ pub struct VmConfig {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub platform: Option<Platform>,
     #[serde(flatten, skip_serializing)]
-    #[schema(ignore)]
+    #[cfg_attr(test, schema(ignore))]
     pub(super) rest: Rest,
 }
 
 /// What a VM boots.
-#[derive(Debug, Clone, PartialEq, Deserialize, Serialize, ToSchema)]
+#[derive(Debug, Clone, PartialEq, Deserialize, Serialize)]
+#[cfg_attr(test, derive(ToSchema))]
 pub struct Payload {
     /// A bzImage, or an ELF file with a PVH note.
     pub kernel: String,
@@ -54,25 +57,27 @@ pub struct Payload {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub cmdline: Option<String>,
     #[serde(flatten, skip_serializing)]
-    #[schema(ignore)]
+    #[cfg_attr(test, schema(ignore))]
     pub(super) rest: Rest,
 }
 
 /// vCPUs.
-#[derive(Debug, Clone, PartialEq, Deserialize, Serialize, ToSchema)]
+#[derive(Debug, Clone, PartialEq, Deserialize, Serialize)]
+#[cfg_attr(test, derive(ToSchema))]
 pub struct Cpus {
     /// How many there are.
-    #[schema(minimum = 1, maximum = 254)]
+    #[cfg_attr(test, schema(minimum = 1, maximum = 254))]
     pub boot_vcpus: u32,
     /// The same.
     pub max_vcpus: u32,
     #[serde(flatten, skip_serializing)]
-    #[schema(ignore)]
+    #[cfg_attr(test, schema(ignore))]
     pub(super) rest: Rest,
 }
 
 /// RAM. It is always shared with the devices, whatever `shared` says.
-#[derive(Debug, Clone, PartialEq, Deserialize, Serialize, ToSchema)]
+#[derive(Debug, Clone, PartialEq, Deserialize, Serialize)]
+#[cfg_attr(test, derive(ToSchema))]
 pub struct Memory {
     /// Its size in bytes.
     pub size: u64,
@@ -89,12 +94,13 @@ pub struct Memory {
     #[serde(default)]
     pub prefault: bool,
     #[serde(flatten, skip_serializing)]
-    #[schema(ignore)]
+    #[cfg_attr(test, schema(ignore))]
     pub(super) rest: Rest,
 }
 
 /// A disk.
-#[derive(Debug, Clone, PartialEq, Deserialize, Serialize, ToSchema)]
+#[derive(Debug, Clone, PartialEq, Deserialize, Serialize)]
+#[cfg_attr(test, derive(ToSchema))]
 pub struct Disk {
     /// The name by which it is spoken of.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -117,12 +123,13 @@ pub struct Disk {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub serial: Option<String>,
     #[serde(flatten, skip_serializing)]
-    #[schema(ignore)]
+    #[cfg_attr(test, schema(ignore))]
     pub(super) rest: Rest,
 }
 
 /// A network card.
-#[derive(Debug, Clone, PartialEq, Deserialize, Serialize, ToSchema)]
+#[derive(Debug, Clone, PartialEq, Deserialize, Serialize)]
+#[cfg_attr(test, derive(ToSchema))]
 pub struct Net {
     /// The name by which it is spoken of.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -143,12 +150,13 @@ pub struct Net {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub queue_size: Option<u16>,
     #[serde(flatten, skip_serializing)]
-    #[schema(ignore)]
+    #[cfg_attr(test, schema(ignore))]
     pub(super) rest: Rest,
 }
 
 /// A device of the host.
-#[derive(Debug, Clone, PartialEq, Deserialize, Serialize, ToSchema)]
+#[derive(Debug, Clone, PartialEq, Deserialize, Serialize)]
+#[cfg_attr(test, derive(ToSchema))]
 pub struct Device {
     /// The name by which it is spoken of.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -161,12 +169,13 @@ pub struct Device {
     #[serde(default)]
     pub rom: bool,
     #[serde(flatten, skip_serializing)]
-    #[schema(ignore)]
+    #[cfg_attr(test, schema(ignore))]
     pub(super) rest: Rest,
 }
 
 /// A vfio-user device.
-#[derive(Debug, Clone, PartialEq, Deserialize, Serialize, ToSchema)]
+#[derive(Debug, Clone, PartialEq, Deserialize, Serialize)]
+#[cfg_attr(test, derive(ToSchema))]
 pub struct UserDevice {
     /// The name by which it is spoken of.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -174,12 +183,13 @@ pub struct UserDevice {
     /// The socket that its server listens on.
     pub socket: String,
     #[serde(flatten, skip_serializing)]
-    #[schema(ignore)]
+    #[cfg_attr(test, schema(ignore))]
     pub(super) rest: Rest,
 }
 
 /// The other end of the serial port.
-#[derive(Debug, Clone, PartialEq, Deserialize, Serialize, ToSchema)]
+#[derive(Debug, Clone, PartialEq, Deserialize, Serialize)]
+#[cfg_attr(test, derive(ToSchema))]
 pub struct Console {
     /// What it is.
     pub mode: ConsoleMode,
@@ -190,12 +200,13 @@ pub struct Console {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub socket: Option<String>,
     #[serde(flatten, skip_serializing)]
-    #[schema(ignore)]
+    #[cfg_attr(test, schema(ignore))]
     pub(super) rest: Rest,
 }
 
 /// What the other end of a port is.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize, Serialize, ToSchema)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize, Serialize)]
+#[cfg_attr(test, derive(ToSchema))]
 pub enum ConsoleMode {
     /// There is no port.
     Off,
@@ -210,13 +221,14 @@ pub enum ConsoleMode {
 }
 
 /// How the host's devices get at guest memory.
-#[derive(Debug, Clone, PartialEq, Deserialize, Serialize, ToSchema)]
+#[derive(Debug, Clone, PartialEq, Deserialize, Serialize)]
+#[cfg_attr(test, derive(ToSchema))]
 pub struct Platform {
     /// By iommufd; else it is used if the host has it for all of them.
     #[serde(default)]
     pub iommufd: bool,
     #[serde(flatten, skip_serializing)]
-    #[schema(ignore)]
+    #[cfg_attr(test, schema(ignore))]
     pub(super) rest: Rest,
 }
 
