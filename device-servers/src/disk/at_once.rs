@@ -22,8 +22,9 @@ pub(super) enum AtOnce {
 /// Most bytes of a write that is done here, so that others do not wait long.
 pub(super) const MAX_LENGTH: usize = 1 << 20;
 
-/// A write that takes longer had to wait for the storage, and for how long the next ones are left to the ring.
-const LONG: Duration = Duration::from_millis(10);
+/// A write that takes longer had to wait for the storage (or, seldom, for a CPU that others had), and for how long the next
+/// ones are left to the ring. To find out which of the two it was would cost each request a system call.
+const LONG: Duration = Duration::from_millis(20);
 const PAUSE: Duration = Duration::from_secs(1);
 
 impl AtOnce {
@@ -36,12 +37,11 @@ impl AtOnce {
         }
     }
 
-    /// A write has been done here, and has taken so long. If that was long, `has_waited` says whether the thread has waited
-    /// for something; if not, others had the CPU.
-    pub(super) fn note(&mut self, begin: Instant, end: Instant, has_waited: impl FnOnce() -> bool) {
+    /// A write has been done here, and has taken so long.
+    pub(super) fn note(&mut self, begin: Instant, end: Instant) {
         let is_long = end.saturating_duration_since(begin) > LONG;
         *self = Self::Always {
-            not_before: (is_long && has_waited()).then(|| end + PAUSE),
+            not_before: is_long.then(|| end + PAUSE),
         };
     }
 }
@@ -56,15 +56,13 @@ mod tests {
         let at = |milliseconds| start + Duration::from_millis(milliseconds);
         let mut at_once = AtOnce::Always { not_before: None };
         assert!(at_once.is_due(at(0)));
-        at_once.note(at(0), at(9), || true);
-        assert!(at_once.is_due(at(9)));
-        at_once.note(at(9), at(40), || false);
-        assert!(at_once.is_due(at(40)));
-        at_once.note(at(10), at(40), || true);
-        assert!(!at_once.is_due(at(41)) && !at_once.is_due(at(1039)));
-        assert!(at_once.is_due(at(1040)));
-        at_once.note(at(1040), at(1041), || true);
-        assert!(at_once.is_due(at(1041)));
+        at_once.note(at(0), at(19));
+        assert!(at_once.is_due(at(19)));
+        at_once.note(at(20), at(50));
+        assert!(!at_once.is_due(at(51)) && !at_once.is_due(at(1049)));
+        assert!(at_once.is_due(at(1050)));
+        at_once.note(at(1050), at(1051));
+        assert!(at_once.is_due(at(1051)));
     }
 
     #[test]

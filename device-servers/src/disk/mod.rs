@@ -37,8 +37,9 @@
 //! [`open`] does all that needs a path. Then the process can enter its [sandbox](crate::sandbox), and make the
 //! [server](OpenDisk::server), with its threads, in there. Those call `io_uring_setup`, `io_uring_register`, and from then
 //! on `io_uring_enter`, besides what every server calls; the thread that serves calls `fdatasync`, `fadvise64` and `fcntl`
-//! (`F_OFD_SETLK`), and the threads of the queues `pwritev2` and `getrusage`. The rings are restricted to reading, writing, syncing, allocating and waiting. The kernel's own
-//! threads for what io_uring cannot do at once count as the process's (`RLIMIT_NPROC`, `pids.max`).
+//! (`F_OFD_SETLK`), and the threads of the queues `pwritev2`. The rings are restricted to reading, writing, syncing,
+//! allocating and waiting. The kernel's own threads for what io_uring cannot do at once count as the process's
+//! (`RLIMIT_NPROC`, `pids.max`).
 
 mod at_once;
 mod config;

@@ -6,7 +6,6 @@
 
 use std::fs::File;
 use std::io;
-use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, AsRawFd};
 use std::sync::Arc;
 
@@ -242,16 +241,6 @@ impl std::fmt::Debug for Ring {
         debug.field("in_flight", &self.in_flight);
         debug.finish_non_exhaustive()
     }
-}
-
-/// How often this thread has waited for something.
-pub(super) fn waits() -> i64 {
-    let mut usage = MaybeUninit::zeroed();
-    // SAFETY: there is room for what is written.
-    unsafe { libc::getrusage(libc::RUSAGE_THREAD, usage.as_mut_ptr()) };
-    // SAFETY: all of it are numbers, which may be 0.
-    let usage: libc::rusage = unsafe { usage.assume_init() };
-    usage.ru_nvcsw
 }
 
 /// Memory of the guest, in the order of its use. It stays mapped as long as this is there.

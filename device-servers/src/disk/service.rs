@@ -11,7 +11,7 @@ use super::error::DiskError;
 use super::image::Image;
 use super::job::{Context, Job, SERIAL, Step};
 use super::request::Request;
-use super::ring::{Event, Memory, Operation, Ring, waits};
+use super::ring::{Event, Memory, Operation, Ring};
 use crate::virtio::guest::Guest;
 use crate::virtio::{Activation, Service, Stop, VirtQueue};
 
@@ -27,8 +27,6 @@ pub(super) struct DiskService {
     buffered: usize,
     /// Which writes are not for the ring.
     at_once: AtOnce,
-    /// How often the thread had waited for something when it began to take requests.
-    waits: i64,
     /// Bytes that have been written without it since the driver was last interrupted.
     written: usize,
     /// Whether the ring cannot be used any more.
@@ -83,7 +81,6 @@ impl DiskService {
             free: (0..size).rev().collect(),
             buffered: 0,
             at_once,
-            waits: 0,
             written: 0,
             has_failed: false,
         })
@@ -121,9 +118,6 @@ impl DiskService {
     fn take(&mut self, queue: &mut VirtQueue, features: u64) -> io::Result<Rest> {
         let guest = queue.guest();
         queue.disable_notifications(&guest.view);
-        if self.at_once != AtOnce::Never {
-            self.waits = waits();
-        }
         let mut rest = Rest::Something;
         for _ in 0..BATCH {
             if self.written >= BATCH_BYTES {
@@ -268,9 +262,7 @@ impl DiskService {
             }
         }
         let result = self.ring.write(pieces, offset, false);
-        let before = self.waits;
-        self.at_once
-            .note(begin, Instant::now(), || waits() != before);
+        self.at_once.note(begin, Instant::now());
         self.written += length;
         Some(result)
     }

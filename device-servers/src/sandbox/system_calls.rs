@@ -84,7 +84,6 @@ const EVERY_IF: &[Only] = &[
 const DISK: &[c_long] = &[
     libc::SYS_fadvise64,
     libc::SYS_fdatasync,
-    libc::SYS_getrusage,
     libc::SYS_io_uring_enter,
     libc::SYS_io_uring_register,
     libc::SYS_io_uring_setup,

@@ -133,12 +133,7 @@ fn compare(ours: &[(u64, Cost)], theirs: &[(u64, Cost)]) -> Result<()> {
         }
         let names = ["exits", "system calls", "wake-ups"];
         for (name, (ours, theirs)) in names.into_iter().zip(pairs) {
-            // The queue's thread of a disk asks with each request how much it slept: that is one system call more.
-            let more = match (name, *kind) {
-                ("system calls", "read-1" | "write-1") => 1.0,
-                _ => 0.0,
-            };
-            if ONE_AT_A_TIME.contains(kind) && ours > theirs * 1.1 + 0.1 + more {
+            if ONE_AT_A_TIME.contains(kind) && ours > theirs * 1.1 + 0.1 {
                 worse.push(format!("{name} of {kind}: {ours:.2} and not {theirs:.2}"));
             }
         }
