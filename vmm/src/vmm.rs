@@ -194,12 +194,14 @@ impl Vmm {
         };
         let events = &self.surroundings.events;
         events.tell("vm", "rebooting", &[]);
+        self.control.reset_begins();
         vm.stop();
         if let Some(ending) = vm.reset().map_err(VmmError::Reset)? {
             return Ok(Some(ending));
         }
         vm.vcpus().resume();
         vm.start()?;
+        self.control.reset_ends();
         events.tell("vm", "rebooted", &[]);
         Ok(None)
     }

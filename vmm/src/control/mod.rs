@@ -51,6 +51,8 @@ struct Slot {
     config: Option<Arc<VmConfig>>,
     /// Is there while the VM runs. Nobody takes it out of here except the operations, which end before it does.
     machine: Option<Arc<Machine>>,
+    /// Whether the main thread is putting it back into its state at power-on.
+    is_resetting: bool,
 }
 
 /// What a VM does.
@@ -283,6 +285,17 @@ impl Control {
         self.slot().machine = Some(machine);
     }
 
+    /// Keeps everyone else off the VM, which the main thread resets. An operation that goes on is cancelled.
+    pub(crate) fn reset_begins(&self) {
+        self.slot().is_resetting = true;
+        self.0.operations.end();
+    }
+
+    /// Says that the VM runs again.
+    pub(crate) fn reset_ends(&self) {
+        self.slot().is_resetting = false;
+    }
+
     /// Says that a VM with this configuration runs, or stands still, that was not created here.
     pub(crate) fn adopted(&self, config: Arc<VmConfig>, machine: Arc<Machine>) {
         let mut slot = self.slot();
@@ -307,6 +320,7 @@ impl Control {
         self.0.operations.end();
         let mut slot = self.slot();
         slot.machine = None;
+        slot.is_resetting = false;
         if !stays {
             slot.config = None;
         }
@@ -337,6 +351,10 @@ const PAUSE_EVENT: Duration = Duration::from_secs(60);
 impl Slot {
     fn running(&self) -> Result<&Arc<Machine>, ControlError> {
         match (&self.machine, &self.config) {
+            (Some(_), _) if self.is_resetting => Err(ControlError::State {
+                is: "being reset",
+                needed: "running",
+            }),
             (Some(machine), _) => Ok(machine),
             (None, Some(_)) => Err(self.wrong("running")),
             (None, None) => Err(ControlError::NoVm),
@@ -350,6 +368,7 @@ impl Slot {
             .map(|machine| machine.vcpus.run_state())
         {
             None => VmState::Created,
+            Some(_) if self.is_resetting => VmState::Running,
             Some(RunState::Paused) => VmState::Paused,
             Some(RunState::Running | RunState::Pausing) => VmState::Running,
         }
