@@ -1,8 +1,11 @@
 #!/usr/bin/env bash
-# Boots a stock Debian kernel under Outrigger with a vfio-user device, shows the guest finding and using it, and powers
-# off: directly where /dev/kvm can run Linux, else in the lab. `make demo` calls this; it calls itself in the lab.
+# Boots a stock Debian kernel under Outrigger from a disk, with a vfio-user device, shows the guest finding and using both,
+# powers off, and looks at the disk: directly where /dev/kvm can run Linux, else in the lab. `make demo` calls this; it
+# calls itself in the lab.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
+PATH=$PATH:/usr/sbin:/sbin # e2fsck and debugfs, for ordinary users
+source tests/lab/disk.sh
 
 programs=target/release
 images=target/lab/images
@@ -28,8 +31,10 @@ mkfifo "$folder/server"
 read -r listening <"$folder/server" # it says so when it listens
 echo "demo: $listening"
 
-command=("$programs/outrigger" --kernel target/lab/kernels/6.12/vmlinuz --initramfs "$images/initramfs-6.12.cpio"
-    --cmdline "console=ttyS0 quiet panic=-1" --cpus 2 --memory size=512M --user-device "socket=$folder/device.sock")
+cp --sparse=always "$images/demo.img" "$folder/disk.img"
+command=("$programs/outrigger" --kernel target/lab/kernels/6.12/vmlinuz --initramfs "$images/initramfs-disk.cpio"
+    --cmdline "console=ttyS0 quiet panic=-1 root=/dev/vda1" --cpus 2 --memory size=512M
+    --disk "path=$folder/disk.img" --user-device "socket=$folder/device.sock")
 printf 'demo: '
 printf '%q ' "${command[@]}"
 echo
@@ -37,8 +42,22 @@ started=$(date +%s%N)
 "${command[@]}" </dev/null 2>&1 | tee "$folder/output"
 echo "demo: the guest ran for $((($(date +%s%N) - started) / 1000000)) ms"
 
-if ! grep -q '^GUEST DONE' "$folder/output" || grep -q '^RESULT .* FAILED' "$folder/output"; then
-    echo "demo: the guest did not find everything well" >&2
+fail() {
+    echo "demo: $*" >&2
     exit 1
-fi
-echo "demo: the guest found the device, used its registers, memory, DMA and interrupts, and powered off"
+}
+
+# The lines of report $1 that say how the checks ended. On its way through the serial port it got carriage returns.
+results() { tr -d '\r' <"$1" | grep '^RESULT '; }
+
+file_system="$folder/disk.img?offset=$disk_offset"
+grep -q '^GUEST DONE' "$folder/output" || fail "the guest did not come to its end"
+results "$folder/output" >"$folder/said" || fail "the guest has checked nothing"
+! grep ' FAILED' "$folder/said" || fail "the guest did not find everything well"
+grep -q '^ROOT /dev/vda1 ext4' "$folder/output" || fail "the guest did not boot from the disk"
+e2fsck -fn "$file_system" >"$folder/check" 2>&1 || fail "the disk is not in order: $(cat "$folder/check")"
+debugfs -R 'cat /report' "$file_system" >"$folder/report" 2>/dev/null
+results "$folder/report" >"$folder/kept" || fail "the disk holds nothing of what the guest wrote"
+cmp "$folder/said" "$folder/kept" || fail "the disk does not hold what the guest wrote"
+echo "demo: the guest booted from the disk, found the device, and used its registers, memory, DMA and interrupts"
+echo "demo: on the disk are the $(wc -l <"$folder/kept") results that the guest wrote"

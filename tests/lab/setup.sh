@@ -8,6 +8,7 @@ here=$(cd "$(dirname "$0")" && pwd)
 checkout=$(cd "$here/../.." && pwd)
 lab=$checkout/target/lab
 source "$here/debian.sh"
+source "$here/disk.sh"
 
 packages=(
     qemu-system-x86 # the lab itself
@@ -16,6 +17,7 @@ packages=(
     kmod            # depmod, modprobe
     xz-utils zstd   # kernel modules and kernels come compressed
     iproute2        # makes taps
+    fdisk e2fsprogs # partitions and file systems
     make gcc        # build a kernel module, with programs of Debian's that need
     libelf1 libssl3 # these libraries
 )
@@ -97,6 +99,26 @@ guest_image() {
     pack "$image.tree" "$image"
 }
 
+# The initramfs for guests with kernel 6.12 that boot from a disk: the driver of the disk is what Debian's lacks.
+disk_image() {
+    local image=$lab/images/initramfs-disk.cpio
+    [ "$here/disk-init" -nt "$image" ] || [ "$here/setup.sh" -nt "$image" ] || return 0
+    stage "$image.tree" "$here/disk-init" "$lab/kernels/6.12" virtio_blk
+    pack "$image.tree" "$image"
+}
+
+# The disk from which the demo's guest boots, with the modules that its devices need.
+demo_disk() {
+    local image=$lab/images/demo.img program=$lab/cargo/release/guest
+    [ "$program" -nt "$image" ] || [ "$here/demo-init" -nt "$image" ] || [ "$here/disk.sh" -nt "$image" ] ||
+        [ "$here/setup.sh" -nt "$image" ] || return 0
+    stage "$image.tree" "$here/demo-init" "$lab/kernels/6.12" uio_pci_generic
+    cp "$program" "$image.tree/bin/guest"
+    make_disk "$image.new" 32 "$image.tree"
+    mv "$image.new" "$image"
+    rm -rf "$image.tree"
+}
+
 install_packages "${packages[@]}"
 mkdir -p "$lab/images" "$lab/logs"
 unpack_kernel host linux-image-6.12-amd64 # runs the lab, and guests with devices that the others have no driver for
@@ -110,4 +132,6 @@ host_image
 guest_program
 guest_image 6.12
 guest_image 6.1
+disk_image
+demo_disk
 guest_image host nvme ext4 e1000e igbvf # the cloud kernels have none of the network cards

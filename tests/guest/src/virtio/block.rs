@@ -53,6 +53,13 @@ impl Block {
         Ok(options.custom_flags(flags).open(self.path())?)
     }
 
+    /// Whether a file system on it, or in a partition of it, is in use.
+    fn is_mounted(&self) -> Result<bool> {
+        let mounts = fs::read_to_string("/proc/mounts")?;
+        let path = self.path().display().to_string();
+        Ok(mounts.lines().any(|mount| mount.starts_with(&path)))
+    }
+
     pub(crate) fn path(&self) -> PathBuf {
         Path::new("/dev").join(&self.name)
     }
@@ -87,10 +94,14 @@ pub(super) fn facts(device: &Device) -> Result<()> {
 }
 
 /// Writes, and then has some of it become zeroes and some of it discarded. A disk that cannot be written refuses that. One
-/// that has a plan is left alone.
+/// that has a plan, or a file system in use, is left alone.
 pub(super) fn zeroes(device: &Device) -> Result<()> {
     const SIZE: usize = 4 << 20;
     let block = Block::of(device)?;
+    if block.is_mounted()? {
+        println!("FACT disk {} is in use, and left as it is", block.name);
+        return Ok(());
+    }
     let disk = block.open(true)?;
     let mut memory = Aligned::new(SIZE);
     disk.read_exact_at(memory.bytes_mut(), 0)?;
