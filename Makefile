@@ -20,18 +20,19 @@ PROGRAMS := --package vmm --bin outrigger --package tests --bin lab-cases --bin 
 help: ## Shows this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' $(MAKEFILE_LIST)
 
-demo: programs ## Boots a stock Debian kernel with a vfio-user device and shows the guest using it
+demo: programs ## Boots a stock Debian kernel from a disk and shows the guest using a vfio-user device
 	@tests/lab/demo.sh
 
 test: unit lab vf peer ## Runs every test: unit, property, tiny guests on /dev/kvm, and Linux guests in the lab and in QEMU
 
 test-iommufd: programs ## Builds a kernel with iommufd, once, and runs the cases of the host's devices in a lab with it
 	@tests/lab/iommufd.sh
+	@tests/lab/debian-image.sh
 ifndef CASES
 	@LAB_HOST=iommufd LAB_PARAMETERS=nointremap tests/lab/run.sh 120 $(RELEASE)/lab-cases no-remapping
 endif
 	@LAB_HOST=iommufd tests/lab/run.sh $(LAB_DEADLINE) $(RELEASE)/lab-cases \
-	    $(or $(CASES),iommufd passthrough backend refusals vfio)
+	    $(or $(CASES),iommufd passthrough backend refusals vfio no-initramfs)
 
 unit: ## Runs the tests that need no Linux guest
 	@mkdir -p target && : >$(SKIPPED)
@@ -40,6 +41,7 @@ unit: ## Runs the tests that need no Linux guest
 
 lab: programs unit-tests ## Runs the cases that boot Linux guests
 	@tests/lab/mtty.sh
+	@tests/lab/debian-image.sh
 ifndef CASES
 	@LAB_PARAMETERS=intel_iommu=off tests/lab/run.sh 120 $(RELEASE)/lab-cases no-iommu
 	@LAB_PARAMETERS=nointremap tests/lab/run.sh 120 $(RELEASE)/lab-cases no-remapping

@@ -60,6 +60,11 @@ impl Images {
         self.folder.join("unit-tests")
     }
 
+    /// A file of the Debian system that `tests/lab/debian-image.sh` has installed.
+    pub fn debian(&self, name: &str) -> PathBuf {
+        self.folder.join("debian").join(name)
+    }
+
     /// Where logs are kept.
     pub fn logs(&self) -> PathBuf {
         self.folder.join("logs")

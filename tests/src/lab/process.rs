@@ -1,7 +1,7 @@
 //! A program that a test has started.
 
 use std::fs::{self, File};
-use std::io::{BufRead, BufReader, Read, Write};
+use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitStatus, Stdio};
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
@@ -19,6 +19,8 @@ pub struct Process {
     events: Receiver<Event>,
     lines: Vec<Line>,
     read: usize,
+    /// The beginning of a line of what the test [follows](Process::follow).
+    unfinished: String,
     exit: Option<Exit>,
     log: File,
 }
@@ -57,6 +59,8 @@ pub struct Exit {
 #[derive(Debug)]
 enum Event {
     Line(Line),
+    /// The beginning of a line, where there is no more for now.
+    Unfinished(String),
     Exit(Exit),
 }
 
@@ -95,6 +99,7 @@ impl Process {
             events,
             lines: Vec::new(),
             read: 0,
+            unfinished: String::new(),
             exit: None,
             log,
         })
@@ -120,13 +125,31 @@ impl Process {
     /// # Errors
     /// When the deadline passes or the program ends before there is such a line.
     pub fn wait_for(&mut self, text: &str, patience: Duration) -> Result<Line> {
+        self.wait_until(text, patience, |process| process.next_line(text))
+    }
+
+    /// Waits for a prompt that contains `text`: a line, of what the test [follows](Process::follow), that need not be
+    /// complete.
+    ///
+    /// # Errors
+    /// When the deadline passes or the program ends before there is one.
+    pub fn wait_for_prompt(&mut self, text: &str, patience: Duration) -> Result<()> {
+        self.wait_until(text, patience, |process| {
+            let is_there = process.next_line(text).is_some() || process.unfinished.contains(text);
+            is_there.then_some(())
+        })
+    }
+
+    fn wait_until<T>(
+        &mut self,
+        text: &str,
+        patience: Duration,
+        mut found: impl FnMut(&mut Self) -> Option<T>,
+    ) -> Result<T> {
         let deadline = Instant::now() + patience;
         loop {
-            while let Some(line) = self.lines.get(self.read) {
-                self.read += 1;
-                if line.text.contains(text) {
-                    return Ok(line.clone());
-                }
+            if let Some(it) = found(self) {
+                return Ok(it);
             }
             match self.exit {
                 Some(exit) => bail!("no {text:?} before it ended with {}", exit.status),
@@ -135,6 +158,17 @@ impl Process {
                     .with_context(|| format!("no {text:?}"))?,
             }
         }
+    }
+
+    /// The next line that contains `text`, of those that have not been looked at.
+    fn next_line(&mut self, text: &str) -> Option<Line> {
+        while let Some(line) = self.lines.get(self.read) {
+            self.read += 1;
+            if line.text.contains(text) {
+                return Some(line.clone());
+            }
+        }
+        None
     }
 
     /// Waits for the program to end.
@@ -210,6 +244,7 @@ impl Process {
                 let _ = writeln!(self.log, "= {}", exit.status);
                 self.exit = Some(exit);
             }
+            Event::Unfinished(text) => self.unfinished = text,
             Event::Line(line) => {
                 let mark = match line.stream {
                     Stream::Output | Stream::Followed => "",
@@ -232,22 +267,34 @@ impl Drop for Process {
 }
 
 fn collect(
-    source: impl Read + Send + 'static,
+    mut source: impl Read + Send + 'static,
     stream: Stream,
-    lines: Sender<Event>,
+    events: Sender<Event>,
 ) -> JoinHandle<()> {
     thread::spawn(move || {
-        let mut source = BufReader::new(source);
+        let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+        let line = |bytes: &[u8]| {
+            let text = text(bytes).trim_end_matches(['\r', '\n']).to_owned();
+            let at = Instant::now();
+            events.send(Event::Line(Line { at, stream, text }))
+        };
+        let mut buffer = [0; 4096];
         let mut bytes = Vec::new();
         // An error is an end as well: it is what a terminal says when its other side is closed.
-        while let Ok(1..) = source.read_until(b'\n', &mut bytes) {
-            let text = String::from_utf8_lossy(&bytes);
-            let text = text.trim_end_matches(['\r', '\n']).to_owned();
-            let at = Instant::now();
-            if lines.send(Event::Line(Line { at, stream, text })).is_err() {
+        while let Ok(length @ 1..) = source.read(&mut buffer) {
+            bytes.extend_from_slice(&buffer[..length]);
+            while let Some(end) = bytes.iter().position(|byte| *byte == b'\n') {
+                if line(&bytes[..=end]).is_err() {
+                    return;
+                }
+                bytes.drain(..=end);
+            }
+            if stream == Stream::Followed && events.send(Event::Unfinished(text(&bytes))).is_err() {
                 return;
             }
-            bytes.clear();
+        }
+        if !bytes.is_empty() {
+            let _ = line(&bytes);
         }
     })
 }

@@ -5,6 +5,7 @@ mod backend;
 mod boot;
 mod card;
 mod cost;
+mod debian;
 mod disk;
 mod endings;
 mod iommufd;
@@ -13,6 +14,7 @@ mod passthrough;
 mod refusals;
 mod serial;
 mod servers;
+mod terminal;
 mod vcpu_state;
 mod vfio_command;
 mod virtual_function;
@@ -82,6 +84,7 @@ fn main() -> ExitCode {
     suite.run("terminal-poweroff", serial::terminal_poweroff);
     suite.run("terminal-sigterm", serial::terminal_sigterm);
     suite.run("terminal-escape", serial::terminal_escape);
+    suite.run("debian-disk", debian::with_initramfs);
     suite.run("passthrough-all", passthrough::all_kinds);
     suite.run("passthrough-group", passthrough::shared_group);
     suite.run("passthrough-lost", at_work::lost);
@@ -94,6 +97,7 @@ fn main() -> ExitCode {
         suite.run("iommufd-migration", backend::migration_by_iommufd);
         suite.run("iommufd-descriptors", iommufd::descriptors);
         suite.run("iommufd-off-and-on", iommufd::off_and_on);
+        suite.run("debian-disk-no-initramfs", debian::without_initramfs);
     }
     if virtual_function::is_there() {
         suite.run("virtual-function", virtual_function::given);
