@@ -7,8 +7,8 @@ use std::path::{Path, PathBuf};
 use std::process::Output;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail};
-use serde_json::Value;
+use anyhow::{Context, Result, bail, ensure};
+use serde_json::{Value, json};
 use tempfile::TempDir;
 
 use crate::lab::Process;
@@ -34,6 +34,14 @@ pub struct Answer {
     pub status: u16,
     /// The body; null if there is none.
     pub body: Value,
+}
+
+impl Answer {
+    /// Whether it was refused or has failed, in words that have all of `parts` in them.
+    pub fn is_error(&self, parts: &[&str]) -> bool {
+        let said = self.body.to_string();
+        self.status >= 400 && parts.iter().all(|part| said.contains(part))
+    }
 }
 
 impl Vmm {
@@ -102,6 +110,43 @@ impl Vmm {
         Ok(())
     }
 
+    /// Pauses the VM, and waits until it stands still.
+    ///
+    /// # Errors
+    /// When it is refused, or the VM does not stand still.
+    pub fn pause(&self) -> Result<()> {
+        let answer = self.put("vm.pause", "")?;
+        ensure!(answer.status == 204, "{answer:?}");
+        self.wait_state("Paused")
+    }
+
+    /// Asks for a snapshot.
+    ///
+    /// # Errors
+    /// As of [`get`](Self::get).
+    pub fn snapshot(&self, directory: &Path) -> Result<Answer> {
+        let body = json!({"destination_url": url(directory)});
+        self.put("vm.snapshot", &body.to_string())
+    }
+
+    /// Asks for a snapshot to be restored, with the devices of these ids behind other sockets.
+    ///
+    /// # Errors
+    /// As of [`get`](Self::get).
+    pub fn restore(
+        &self,
+        directory: &Path,
+        resume: bool,
+        devices: &[(&str, &Path)],
+    ) -> Result<Answer> {
+        let places = devices.iter();
+        let places: Vec<_> = places
+            .map(|(id, socket)| json!({"id": id, "socket": socket}))
+            .collect();
+        let body = json!({"source_url": url(directory), "resume": resume, "devices": places});
+        self.put("vm.restore", &body.to_string())
+    }
+
     /// Runs `outrigger remote`.
     ///
     /// # Errors
@@ -110,6 +155,10 @@ impl Vmm {
         let socket = self.socket.to_string_lossy();
         outrigger::run(&[&["remote", "--api-socket", &socket], arguments].concat())
     }
+}
+
+fn url(directory: &Path) -> String {
+    format!("file://{}", directory.display())
 }
 
 /// Sends a request, and reads the answer.

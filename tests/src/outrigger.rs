@@ -7,6 +7,7 @@ use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 use std::{env, io, thread};
 
+use crate::lab::{Process, SOON};
 use crate::skipped::skip;
 
 /// The `outrigger` binary, built in the profile of the test that asks for it.
@@ -57,6 +58,18 @@ pub fn run_with_device(kernel: &Path, socket: &Path) -> io::Result<Output> {
         "--user-device",
         &socket,
     ])
+}
+
+/// Starts a server of the demo device in a process of its own, and waits until it listens.
+///
+/// # Errors
+/// When it cannot be started, or does not listen.
+pub fn serve_demo(socket: &Path) -> anyhow::Result<Process> {
+    let mut command = Process::command(binary());
+    command.args(["serve", "demo", "--socket"]).arg(socket);
+    let mut server = Process::start(&mut command, Path::new("/dev/null"))?;
+    server.wait_for("listening", SOON)?;
+    Ok(server)
 }
 
 /// Starts `outrigger` without input, its output kept.

@@ -18,7 +18,7 @@ use super::config::{Config, Effects};
 use super::interrupts::{Mode, signal};
 use super::state::{EndpointState, RestoreError, RungDoorbell, SaveError};
 use super::{Fingerprint, Passthrough, Probe, Wiring};
-use crate::backend::{BackendError, Doorbell};
+use crate::backend::{BackendError, Doorbell, Region};
 use crate::migration::{Fallback, Left, Migration, TransitionError, transition};
 
 /// The doorbells of a device.
@@ -44,6 +44,12 @@ impl Passthrough {
     /// How the device's own state is taken out and put back, if it can be.
     pub fn migration(&self) -> Option<&dyn Migration> {
         self.backend.migration()
+    }
+
+    /// Fails if the device does not answer, as one whose server hangs. That takes no longer than an access of the guest.
+    pub fn check_answers(&self) -> Result<(), BackendError> {
+        let mut ids = [0; 4];
+        self.backend.read(Region::Config, 0, &mut ids)
     }
 
     /// Brings the device into a state. If it does not get there, it is told where it has been left instead. One that

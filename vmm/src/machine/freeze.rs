@@ -1,6 +1,6 @@
 //! Holding a machine still, so that its state can be taken out.
 
-use devices::{DeviceState, Left, MigrationFlags, Passthrough, TransitionError};
+use devices::{BackendError, DeviceState, Left, MigrationFlags, Passthrough, TransitionError};
 
 use super::Machine;
 use super::state::{MachineState, StateError};
@@ -20,6 +20,15 @@ pub(crate) enum FreezeError {
         id: String,
         /// Why not.
         reason: &'static str,
+    },
+    /// A device would not stop, and is better left alone.
+    #[error("{id} does not answer; the VM can be saved or moved when it does again")]
+    Silent {
+        /// The device.
+        id: String,
+        /// What there is instead of an answer.
+        #[source]
+        source: BackendError,
     },
     /// The interrupts cannot be disconnected.
     #[error(transparent)]
@@ -46,15 +55,25 @@ pub(crate) struct Frozen<'m> {
 }
 
 impl Machine {
-    /// Says why the state of this machine cannot be taken out, if a device's cannot.
+    /// Says why the state of this machine cannot be taken out, if a device's cannot. Nothing has changed then.
     pub(crate) fn check_migratable(&self) -> Result<(), FreezeError> {
-        for device in self.pci.devices() {
+        let devices = self.pci.devices();
+        for device in devices {
             if let Some(reason) = why_unmigratable(device) {
                 return Err(FreezeError::Unmigratable {
                     id: device.id().to_owned(),
                     reason,
                 });
             }
+        }
+        // One that were told to stop and did not say whether it has would be lost.
+        for device in devices {
+            device
+                .check_answers()
+                .map_err(|source| FreezeError::Silent {
+                    id: device.id().to_owned(),
+                    source,
+                })?;
         }
         Ok(())
     }

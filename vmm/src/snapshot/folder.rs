@@ -11,11 +11,13 @@ use rustix::io::Errno;
 
 use super::SnapshotError;
 
-/// A directory. Files in it that have been made for a snapshot which does not become complete are removed on drop.
+/// A directory. What has been made for a snapshot which does not become complete is removed on drop.
 #[derive(Debug)]
 pub(super) struct Folder {
     path: PathBuf,
     fd: OwnedFd,
+    /// Whether the directory itself has been made for it.
+    is_new: bool,
     unfinished: Vec<String>,
 }
 
@@ -32,22 +34,25 @@ impl Folder {
                 path: path.to_owned(),
                 source,
             })?,
+            is_new: false,
             unfinished: Vec::new(),
         })
     }
 
     /// Makes a directory unless there is one, which must not have a snapshot: no file with this name.
     pub(super) fn create(path: &Path, complete: &str) -> Result<Self, SnapshotError> {
-        match DirBuilder::new().mode(0o700).create(path) {
-            Err(error) if error.kind() != io::ErrorKind::AlreadyExists => {
+        let is_new = match DirBuilder::new().mode(0o700).create(path) {
+            Ok(()) => true,
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => false,
+            Err(source) => {
                 return Err(SnapshotError::File {
                     path: path.to_owned(),
-                    source: error,
+                    source,
                 });
             }
-            _ => {}
-        }
-        let folder = Self::open(path)?;
+        };
+        let mut folder = Self::open(path)?;
+        folder.is_new = is_new;
         if fs::symlink_metadata(folder.path(complete)).is_ok() {
             return Err(SnapshotError::Exists(path.to_owned()));
         }
@@ -87,6 +92,7 @@ impl Folder {
         renameat(&self.fd, partial.as_str(), &self.fd, name)
             .and_then(|()| rustix::fs::fsync(&self.fd))
             .map_err(|error| self.error(name, error.into()))?;
+        self.is_new = false;
         self.unfinished.clear();
         Ok(())
     }
@@ -94,7 +100,7 @@ impl Folder {
     /// Opens a file of a snapshot.
     pub(super) fn open_file(&self, name: &str) -> Result<File, SnapshotError> {
         let file = self.open_file_if_any(name)?;
-        file.ok_or_else(|| self.error(name, io::ErrorKind::NotFound.into()))
+        file.ok_or_else(|| self.error(name, Errno::NOENT.into()))
     }
 
     /// Opens a file, if there is one. A link is none: it could lead anywhere.
@@ -127,6 +133,10 @@ impl Drop for Folder {
         for name in &self.unfinished {
             let _ = unlinkat(&self.fd, name.as_str(), AtFlags::empty());
         }
+        if self.is_new {
+            // Unless somebody else has put something there.
+            let _ = fs::remove_dir(&self.path);
+        }
     }
 }
 
@@ -143,7 +153,13 @@ mod tests {
         let mut folder = Folder::create(&path, "all").unwrap();
         folder.create_file("a").unwrap();
         drop(folder);
+        assert!(!path.exists());
+        fs::create_dir(&path).unwrap();
+        let mut folder = Folder::create(&path, "all").unwrap();
+        folder.create_file("a").unwrap();
+        drop(folder);
         assert_eq!(fs::read_dir(&path).unwrap().count(), 0);
+        fs::remove_dir(&path).unwrap();
 
         let mut folder = Folder::create(&path, "all").unwrap();
         folder.create_file("a").unwrap();

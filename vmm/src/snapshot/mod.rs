@@ -6,6 +6,7 @@
 
 mod folder;
 
+use std::fs::File;
 use std::io::{self, Read, Write};
 use std::path::{Path, PathBuf};
 
@@ -13,7 +14,7 @@ use serde::{Deserialize, Serialize};
 
 use self::folder::Folder;
 use crate::machine::device_data::{self, DeviceDataError};
-use crate::machine::state::{Description, MachineState, StateError};
+use crate::machine::state::{Description, MachineState, StateError, VERSION};
 use crate::machine::{FreezeError, Frozen, Machine};
 use crate::memory::Memory;
 use crate::sparse::{self, FilePart, Sink};
@@ -51,7 +52,18 @@ pub(crate) enum SnapshotError {
         #[source]
         source: serde_json::Error,
     },
-    /// `ram` is not as long as the VM's RAM.
+    /// `machine.json` is in a version that this program does not know.
+    #[error(
+        "{} is in version {version} of the format, and this program reads version {VERSION}",
+        path.display()
+    )]
+    Version {
+        /// The file.
+        path: PathBuf,
+        /// Its version.
+        version: u32,
+    },
+    /// A file is longer or shorter than it was.
     #[error("{} is {here} bytes long, and should be {expected}", path.display())]
     Length {
         /// The file.
@@ -78,6 +90,19 @@ pub(crate) enum SnapshotError {
 struct Document {
     machine: Description,
     state: MachineState,
+    /// How long the files of the devices are, in bytes. A device need not notice that it is given less than it gave.
+    device_bytes: Vec<u64>,
+}
+
+/// As much of a [`Document`] as all versions have in common.
+#[derive(Debug, Deserialize)]
+struct Head {
+    machine: HeadOfMachine,
+}
+
+#[derive(Debug, Deserialize)]
+struct HeadOfMachine {
+    version: u32,
 }
 
 /// Writes the state of a paused machine into a directory, which is made if there is none. `progress` hears of bytes of RAM,
@@ -90,15 +115,17 @@ pub(crate) fn save(
     machine.check_migratable()?;
     let mut folder = Folder::create(path, MACHINE)?;
     let frozen = machine.freeze()?;
+    let mut device_bytes = Vec::new();
     for (index, device) in machine.pci.devices().iter().enumerate() {
         let mut file = folder.create_file(&device_file(index))?;
-        device_data::read(device, |bytes| file.write_all(bytes))?;
+        device_bytes.push(device_data::read(device, |bytes| file.write_all(bytes))?);
         folder.keep(&device_file(index), &file)?;
     }
     save_ram(&frozen, &mut folder, progress)?;
     let document = Document {
         machine: machine.describe()?,
         state: frozen.state()?,
+        device_bytes,
     };
     let document = serde_json::to_vec(&document).map_err(|source| SnapshotError::Document {
         path: path.join(MACHINE),
@@ -145,16 +172,17 @@ pub(crate) struct Snapshot {
     pub(crate) machine: Description,
     /// The state of its platform.
     pub(crate) state: MachineState,
+    device_bytes: Vec<u64>,
 }
 
 impl Snapshot {
     /// Reads what is not large.
     pub(crate) fn open(path: &Path) -> Result<Self, SnapshotError> {
         let folder = Folder::open(path)?;
-        let path = folder.path(MACHINE);
         let Some(file) = folder.open_file_if_any(MACHINE)? else {
-            return Err(SnapshotError::Incomplete(folder.path("")));
+            return Err(SnapshotError::Incomplete(path.to_owned()));
         };
+        let path = folder.path(MACHINE);
         let mut text = Vec::new();
         file.take(MAX_DOCUMENT)
             .read_to_end(&mut text)
@@ -162,13 +190,16 @@ impl Snapshot {
                 path: path.clone(),
                 source,
             })?;
-        let document = serde_json::from_slice(&text);
-        let Document { machine, state } =
-            document.map_err(|source| SnapshotError::Document { path, source })?;
+        let Document {
+            machine,
+            state,
+            device_bytes,
+        } = parse(&text, &path)?;
         Ok(Self {
             folder,
             machine,
             state,
+            device_bytes,
         })
     }
 
@@ -178,19 +209,11 @@ impl Snapshot {
         memory: &Memory,
         progress: &(impl Fn(u64) -> io::Result<()> + Sync),
     ) -> Result<(), SnapshotError> {
-        let file = self.folder.open_file(RAM)?;
+        let file = self.open_file(RAM, memory.size())?;
         let failed = |source| SnapshotError::File {
             path: self.folder.path(RAM),
             source,
         };
-        let (here, expected) = (file.metadata().map_err(failed)?.len(), memory.size());
-        if here != expected {
-            return Err(SnapshotError::Length {
-                path: self.folder.path(RAM),
-                here,
-                expected,
-            });
-        }
         let mut start = 0;
         for region in memory.regions() {
             let length = region.range.end - region.range.start;
@@ -207,11 +230,46 @@ impl Snapshot {
 
     /// Has the devices of a machine take their state. They then stand still.
     pub(crate) fn load_devices(&self, machine: &Machine) -> Result<(), SnapshotError> {
-        for (index, device) in machine.pci.devices().iter().enumerate() {
-            let mut file = self.folder.open_file(&device_file(index))?;
+        let devices = machine.pci.devices().iter().enumerate();
+        for (index, device) in devices {
+            let expected = self.device_bytes.get(index).copied().unwrap_or(0);
+            let mut file = self.open_file(&device_file(index), expected)?;
             device_data::write(device, |piece| file.read(piece))?;
         }
         Ok(())
+    }
+
+    /// Opens a file that is so many bytes long.
+    fn open_file(&self, name: &str, expected: u64) -> Result<File, SnapshotError> {
+        let file = self.folder.open_file(name)?;
+        let path = || self.folder.path(name);
+        let metadata = file.metadata().map_err(|source| SnapshotError::File {
+            path: path(),
+            source,
+        })?;
+        match metadata.len() {
+            here if here == expected => Ok(file),
+            here => Err(SnapshotError::Length {
+                path: path(),
+                here,
+                expected,
+            }),
+        }
+    }
+}
+
+fn parse(text: &[u8], path: &Path) -> Result<Document, SnapshotError> {
+    let failed = |source| SnapshotError::Document {
+        path: path.to_owned(),
+        source,
+    };
+    let head: Head = serde_json::from_slice(text).map_err(failed)?;
+    match head.machine.version {
+        VERSION => serde_json::from_slice(text).map_err(failed),
+        version => Err(SnapshotError::Version {
+            path: path.to_owned(),
+            version,
+        }),
     }
 }
 
