@@ -222,3 +222,23 @@ fn nothing_is_left_behind_by_a_serial_socket() {
     expect_mistake(&arguments, &["--serial socket=", "in use"]);
     assert!(socket.exists());
 }
+
+#[test]
+fn snapshots_that_cannot_be_restored_are_named() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().to_str().unwrap();
+    let url = format!("source_url=file://{path},resume=on");
+    expect_mistake(&["--restore", &url], &[path, "no complete snapshot"]);
+    let none = format!("source_url=file://{path}/none,resume=on");
+    expect_mistake(&["--restore", &none], &["none", "No such file"]);
+    for (value, part) in [
+        ("resume=on", "source_url"),
+        ("source_url=/relative,resume=on", "file:///PATH"),
+        ("source_url=file:///s,resume=maybe", "on or off"),
+        ("source_url=file:///s", "resume=on"),
+    ] {
+        expect_mistake(&["--restore", value], &["--restore", part]);
+    }
+    let also = ["--restore", &url, "--disk", "path=/d"];
+    expect_mistake(&also, &["--restore", "--disk"]);
+}

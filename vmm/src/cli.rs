@@ -4,7 +4,8 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use anyhow::bail;
-use clap::{ArgAction, Parser, Subcommand};
+use clap::{ArgAction, ArgGroup, Parser, Subcommand};
+use vmm::control::RestoreRequest;
 use vmm::{
     DiskConfig, HostDeviceConfig, IommufdConfig, MemoryConfig, NetConfig, PayloadConfig, Policy,
     SerialConfig, UserDeviceConfig, VmConfig, parse_vcpus,
@@ -16,13 +17,25 @@ use crate::{remote, serve};
 #[derive(Debug, Parser)]
 #[command(name = "outrigger", version, max_term_width = 100)]
 #[command(args_conflicts_with_subcommands = true, subcommand_negates_reqs = true)]
+#[command(group(ArgGroup::new("vm").args(["kernel", "restore"])))]
 pub(crate) struct Cli {
     #[command(subcommand)]
     pub(crate) command: Option<Command>,
 
     /// The kernel: a bzImage, or an ELF file with a PVH note. Without one there is no VM, until the API is asked for one
-    #[arg(long, value_name = "PATH", required_unless_present = "api_socket")]
+    #[arg(long, value_name = "PATH", required_unless_present_any = ["api_socket", "restore"])]
     kernel: Option<PathBuf>,
+
+    /// Go on with the VM of a snapshot: source_url=file:///PATH, resume=on to have it run at once, prefault=on to take the
+    /// host's memory at the start. Of the other flags that describe a VM, it goes with --user-device only
+    #[arg(
+        long,
+        value_name = "source_url=URL,...",
+        conflicts_with_all = [
+            "initramfs", "cmdline", "cpus", "memory", "serial", "disks", "nets", "devices", "platform"
+        ]
+    )]
+    restore: Option<String>,
 
     /// The initramfs
     #[arg(long, value_name = "PATH", requires = "kernel")]
@@ -88,13 +101,13 @@ pub(crate) struct Cli {
     )]
     platform: String,
 
-    /// A device that a vfio-user server provides: socket=PATH, and id=NAME to call it by. Takes
-    /// several values, and may be repeated
+    /// A device that a vfio-user server provides: socket=PATH, and id=NAME to call it by. With --restore, where the
+    /// device of that name is now. Takes several values, and may be repeated
     #[arg(
         long = "user-device",
         value_name = "socket=PATH,...",
         num_args = 1..,
-        requires = "kernel"
+        requires = "vm"
     )]
     user_devices: Vec<String>,
 
@@ -223,6 +236,29 @@ impl Cli {
         self.event_monitor.as_deref().map(path).transpose()
     }
 
+    /// The snapshot that is to be restored, if any.
+    pub(crate) fn restore_request(&self) -> anyhow::Result<Option<RestoreRequest>> {
+        let Some(text) = &self.restore else {
+            return Ok(None);
+        };
+        let mut request = RestoreRequest::parse(text)?;
+        if !request.resume && self.api_socket.is_none() {
+            bail!(
+                "--restore: the VM would stay paused, and nobody could have it go on; say resume=on, or --api-socket"
+            );
+        }
+        for device in self.user_devices()? {
+            request.devices.insert(device.id, device.socket);
+        }
+        Ok(Some(request))
+    }
+
+    fn user_devices(&self) -> anyhow::Result<Vec<UserDeviceConfig>> {
+        let devices = self.user_devices.iter().enumerate();
+        let parse = |(place, text): (usize, &String)| UserDeviceConfig::parse(text, place);
+        Ok(devices.map(parse).collect::<Result<_, _>>()?)
+    }
+
     /// The VM that is asked for, if there is to be one from the start.
     pub(crate) fn vm_config(&self) -> anyhow::Result<Option<VmConfig>> {
         if self.console != "off" {
@@ -242,7 +278,6 @@ impl Cli {
         let disks = self.disks.iter().enumerate();
         let nets = self.nets.iter().enumerate();
         let host_devices = self.devices.iter().enumerate();
-        let devices = self.user_devices.iter().enumerate();
         let config = VmConfig {
             payload: PayloadConfig {
                 kernel: kernel.clone(),
@@ -262,9 +297,7 @@ impl Cli {
                 .map(|(place, text)| HostDeviceConfig::parse(text, place))
                 .collect::<Result<_, _>>()?,
             iommufd: IommufdConfig::parse(&self.platform)?,
-            user_devices: devices
-                .map(|(place, text)| UserDeviceConfig::parse(text, place))
-                .collect::<Result<_, _>>()?,
+            user_devices: self.user_devices()?,
         };
         config.validate()?;
         Ok(Some(config))
@@ -356,6 +389,34 @@ mod tests {
         assert!(parse(&["--api-socket", "/s", "--cpus", "2"]).is_err());
         assert!(parse(&["--event-monitor", "path=/e"]).is_err());
         assert!(parse(&["--kernel", "k", "--no-shutdown"]).is_err());
+    }
+
+    #[test]
+    fn snapshots_say_what_the_vm_is() {
+        let parse = |arguments: &[&str]| {
+            let arguments = ["outrigger", "--restore"].iter().chain(arguments);
+            Cli::try_parse_from(arguments)
+        };
+        let url = "source_url=file:///s";
+        let resumed = "source_url=file:///s,resume=on";
+        let cli = parse(&[resumed, "--user-device", "id=a,socket=/a", "socket=/b"]).unwrap();
+        assert_eq!(cli.vm_config().unwrap(), None);
+        let request = cli.restore_request().unwrap().unwrap();
+        let places: Vec<_> = request.devices.into_iter().collect();
+        let expected = [("a", "/a"), ("user-device1", "/b")];
+        assert_eq!(
+            places,
+            expected.map(|(id, place)| (id.into(), place.into()))
+        );
+        assert!(parse(&[url]).unwrap().restore_request().is_err());
+        let with_api = parse(&[url, "--api-socket", "/s"]).unwrap();
+        assert!(with_api.restore_request().unwrap().is_some());
+        for flag in [["--kernel", "k"], ["--disk", "path=d"], ["--cpus", "2"]] {
+            assert!(
+                parse(&[&[resumed], flag.as_slice()].concat()).is_err(),
+                "{flag:?}"
+            );
+        }
     }
 
     #[test]

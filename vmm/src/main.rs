@@ -9,6 +9,7 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use vmm::api::{Api, ApiSocket};
+use vmm::control::RestoreRequest;
 use vmm::{Ending, Events, VmConfig, Vmm};
 
 use crate::cli::{Cli, Command};
@@ -34,6 +35,7 @@ fn main() -> ExitCode {
 /// Runs a VMM until it ends.
 fn run(cli: &Cli) -> anyhow::Result<Ending> {
     let config = cli.vm_config()?;
+    let restore = cli.restore_request()?;
     let socket = cli.api_socket()?.as_deref().map(ApiSocket::bind);
     let socket = socket.transpose()?;
     let events = cli.event_monitor()?.as_deref().map(Events::open);
@@ -41,7 +43,7 @@ fn run(cli: &Cli) -> anyhow::Result<Ending> {
     let mut vmm = Vmm::new(cli.policy(), events.clone())?;
     let api = socket.map(|socket| Api::serve(socket, vmm.control()));
     let api = api.transpose()?;
-    let ending = boot_and_run(&mut vmm, config);
+    let ending = boot_and_run(&mut vmm, config, restore);
     // Whoever waits for an answer of the VMM gets one when it has ended.
     drop(vmm);
     drop(api);
@@ -52,11 +54,18 @@ fn run(cli: &Cli) -> anyhow::Result<Ending> {
 /// How long writing the last events may take.
 const LAST_EVENTS: Duration = Duration::from_secs(1);
 
-fn boot_and_run(vmm: &mut Vmm, config: Option<VmConfig>) -> anyhow::Result<Ending> {
+fn boot_and_run(
+    vmm: &mut Vmm,
+    config: Option<VmConfig>,
+    restore: Option<RestoreRequest>,
+) -> anyhow::Result<Ending> {
     if let Some(config) = config {
         vmm.boot(config)?;
     }
-    if vmm::only_emulates() {
+    if let Some(request) = restore {
+        // Whether the guest can run here will turn out.
+        vmm.restore(request)?;
+    } else if vmm::only_emulates() {
         eprintln!(
             "outrigger: warning: this KVM only emulates guests (the CPU has neither VMX nor SVM): simple ones run, \
              slowly; a stock Linux kernel does not boot"

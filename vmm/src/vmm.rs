@@ -1,10 +1,12 @@
 //! The VMM: a place for one VM at a time, on the main thread, which runs it and does what others ask of it.
 
 use std::fmt;
+use std::io;
 use std::sync::Arc;
+use std::thread::{self, JoinHandle};
 
 use crate::config::VmConfig;
-use crate::control::{Command, Control, ControlError, Reply, Request};
+use crate::control::{Command, Control, ControlError, Operation, Reply, Request, RestoreRequest};
 use crate::ending::{Ending, Endings};
 use crate::event_loop::{EventLoop, LoopError};
 use crate::events::Events;
@@ -19,6 +21,8 @@ pub struct Vmm {
     surroundings: Surroundings,
     control: Control,
     policy: Policy,
+    /// Ends the VMM if the VM that it was started for cannot be restored.
+    restoring: Option<JoinHandle<Result<(), ControlError>>>,
 }
 
 /// What a VMM does when a run of its guest ends.
@@ -42,6 +46,9 @@ pub enum VmmError {
     /// There is one already, or it cannot be.
     #[error(transparent)]
     Control(#[from] ControlError),
+    /// There is no thread for something.
+    #[error("cannot start a thread")]
+    Thread(#[source] io::Error),
     /// It cannot even wait.
     #[error(transparent)]
     Loop(#[from] LoopError),
@@ -70,6 +77,7 @@ impl Vmm {
             surroundings,
             control,
             policy,
+            restoring: None,
         })
     }
 
@@ -85,12 +93,33 @@ impl Vmm {
         Ok(self.start(&config)?)
     }
 
+    /// Makes a VM of a snapshot, when the VMM [runs](Self::run), which fails if there cannot be that VM.
+    pub fn restore(&mut self, request: RestoreRequest) -> Result<(), VmmError> {
+        let restored = self.control.start(Operation::Restore(request))?;
+        let control = self.control.clone();
+        let thread = thread::Builder::new().name("restoring".into());
+        let thread = thread.spawn(move || {
+            restored.wait().inspect_err(|_| {
+                control.quit();
+            })
+        });
+        self.restoring = Some(thread.map_err(VmmError::Thread)?);
+        Ok(())
+    }
+
     /// Runs until the VMM is to end, and says why.
     pub fn run(&mut self) -> Result<Ending, VmmError> {
         let end = self.run_to_end();
         self.control.close();
+        let restored = self.restoring.take().map(JoinHandle::join);
         self.drop_vm(false);
         self.surroundings.events.tell("vmm", "shutdown", &[]);
+        match restored {
+            // Somebody has ended the VMM meanwhile.
+            None | Some(Ok(Ok(()) | Err(ControlError::Cancelled(_) | ControlError::Ending))) => {}
+            Some(Ok(Err(error))) => return Err(error.into()),
+            Some(Err(_)) => log::error!("who waits for the VM to be restored has panicked"),
+        }
         match end? {
             End::Run(ending) => Ok(ending),
             End::Asked(reply) => {

@@ -3,6 +3,7 @@
 mod devices;
 mod disk;
 mod net;
+mod restore;
 
 use std::collections::BTreeSet;
 use std::path::PathBuf;

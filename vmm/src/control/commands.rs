@@ -69,7 +69,7 @@ impl Pending {
     }
 
     /// As [`outcome`](Self::outcome), for a thread that has nothing else to do.
-    pub(super) fn wait(self) -> Result<(), ControlError> {
+    pub(crate) fn wait(self) -> Result<(), ControlError> {
         self.0.blocking_recv().unwrap_or(Err(ControlError::Ending))
     }
 }
