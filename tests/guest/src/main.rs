@@ -5,7 +5,7 @@
 //! * the same for devices that the host has given to the guest, with the device's address for `N`;
 //! * `GUEST DONE`, the last line.
 //!
-//! With the argument `work` it does what [`work`] says instead; with `disks`, `cards` and `counted`, what the modules
+//! With the argument `work` or `load` it does what [`work`] or [`load`] says instead; with `disks`, `cards` and `counted`, what the modules
 //! of these names in [`virtio`] say.
 //!
 //! `outrigger.checks=a,b` on the kernel command line selects checks; without it all of them run.
@@ -13,6 +13,7 @@
 mod checks;
 mod dma;
 mod interrupts;
+mod load;
 mod mapping;
 mod passthrough;
 mod pci;
@@ -28,6 +29,7 @@ use crate::pci::Device;
 fn main() -> Result<()> {
     match env::args().nth(1).as_deref() {
         Some("work") => return work::until_button(),
+        Some("load") => return load::until_button(),
         Some("disks") => return virtio::disks::until_button(),
         Some("cards") => return virtio::cards::until_button(),
         Some("counted") => return virtio::counted::all(),

@@ -63,22 +63,44 @@ const SECTOR: u32 = 512;
 /// As of [`guest()`].
 pub fn disk_guest(jobs: &[Job]) -> anyhow::Result<NamedTempFile> {
     guest(|code| {
-        let mut fails = code.create_label();
+        let fails = code.create_label();
         code.start_disk(fails)?;
-        // Nothing has been made available or used yet.
-        code.sub(eax, eax)?;
-        code.sub(ebx, ebx)?;
-        code.store(TOLD, 0)?;
-        for job in jobs {
-            job.prepare(code)?;
-            job.run(code, fails)?;
-        }
-        code.halt()?;
-        code.set_label(&mut fails)?;
-        code.print(FAILED)?;
-        code.halt()?;
-        code.disk_handler()
+        run_all(code, jobs, fails)
     })
+}
+
+/// As [`disk_guest`], with a second CPU, which does something else. It begins without a stack.
+///
+/// # Errors
+/// As of [`guest()`].
+pub fn disk_guest_beside(
+    jobs: &[Job],
+    second: impl FnOnce(&mut Code) -> Result<(), IcedError>,
+) -> anyhow::Result<NamedTempFile> {
+    guest(|code| {
+        let (fails, mut entry) = (code.create_label(), code.create_label());
+        code.start_disk(fails)?;
+        code.start_second_cpu(entry)?;
+        run_all(code, jobs, fails)?;
+        code.set_label(&mut entry)?;
+        second(code)
+    })
+}
+
+fn run_all(code: &mut Code, jobs: &[Job], mut fails: CodeLabel) -> Result<(), IcedError> {
+    // Nothing has been made available or used yet.
+    code.sub(eax, eax)?;
+    code.sub(ebx, ebx)?;
+    code.store(TOLD, 0)?;
+    for job in jobs {
+        job.prepare(code)?;
+        job.run(code, fails)?;
+    }
+    code.halt()?;
+    code.set_label(&mut fails)?;
+    code.print(FAILED)?;
+    code.halt()?;
+    code.disk_handler()
 }
 
 /// The registers while a job runs: EAX is the index of the used ring up to which the driver has looked, EBX the index

@@ -14,6 +14,7 @@ mod passthrough;
 mod refusals;
 mod serial;
 mod servers;
+mod snapshot;
 mod terminal;
 mod vcpu_state;
 mod vfio_command;
@@ -90,6 +91,7 @@ fn main() -> ExitCode {
     suite.run("passthrough-lost", at_work::lost);
     suite.run("disks", disk::all);
     suite.run("cards", card::all);
+    suite.run("snapshot", snapshot::under_load);
     suite.run("cost-beside-qemu", cost::beside_qemu);
     // Debian's kernels have none: see `make test-iommufd`.
     if iommufd::is_there() {
