@@ -19,6 +19,9 @@ const KINDS: [&str; 7] = [
 /// the lab's scheduler, and differs by a factor of two between runs.
 const ONE_AT_A_TIME: [&str; 3] = ["read-1", "write-1", "echo"];
 
+/// How much more ours may cost: between runs, the exits for an echo differ by a fifth, as timers happen to fall.
+const MARGIN: f64 = 1.3;
+
 /// The same guest with the same image and the same tap, in Outrigger and in QEMU.
 pub(crate) fn beside_qemu(case: &mut Case<'_>) -> Result<()> {
     const CMDLINE: &str = "outrigger.checks=none outrigger.end=counted";
@@ -133,7 +136,7 @@ fn compare(ours: &[(u64, Cost)], theirs: &[(u64, Cost)]) -> Result<()> {
         }
         let names = ["exits", "system calls", "wake-ups"];
         for (name, (ours, theirs)) in names.into_iter().zip(pairs) {
-            if ONE_AT_A_TIME.contains(kind) && ours > theirs * 1.1 + 0.1 {
+            if ONE_AT_A_TIME.contains(kind) && ours > theirs * MARGIN + 0.1 {
                 worse.push(format!("{name} of {kind}: {ours:.2} and not {theirs:.2}"));
             }
         }

@@ -1,7 +1,9 @@
 //! Disks, which the guest has Linux's driver for.
 
 use std::fs::{self, File};
+use std::io::{self, Read};
 use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Result, ensure};
 use guest::ledger::Chance;
@@ -28,7 +30,8 @@ pub(crate) fn all(case: &mut Case<'_>) -> Result<()> {
     }
     // A block device, with a cache that is flushed.
     let more = ",direct=on,num_queues=2";
-    let path = "/dev/nvme0n1".into();
+    let path = PathBuf::from("/dev/nvme0n1");
+    forget(&path)?;
     ledgers.push(Ledger::new("nvme".into(), path, SIZE, chance.next(), more)?);
     let [scratch, readonly] = ["scratch", "readonly"].map(|name| case.path(name));
     for path in [&scratch, &readonly] {
@@ -80,6 +83,13 @@ pub(crate) fn all(case: &mut Case<'_>) -> Result<()> {
     let exit = vm.wait(SOON)?;
     ensure!(exit.status.success(), "after SIGTERM: {}", exit.status);
     Ok(())
+}
+
+/// Writes zeroes to a device: other cases write to it, too.
+fn forget(path: &Path) -> Result<()> {
+    let mut device = File::options().write(true).open(path)?;
+    io::copy(&mut io::repeat(0).take(SIZE), &mut device)?;
+    Ok(device.sync_all()?)
 }
 
 /// Whether the guest's kernel has been told what `--disk` says.
