@@ -424,6 +424,16 @@ fn corrupted_snapshots_are_refused_and_the_good_one_is_restored() {
             &["vCPUs"],
         ),
         (
+            "no vCPUs",
+            &|at| edit(at, "/machine/config/vcpus", json!(0)),
+            &["between 1 and 254 vCPUs"],
+        ),
+        (
+            "more vCPUs than there can be",
+            &|at| edit(at, "/machine/config/vcpus", json!(u32::MAX)),
+            &["between 1 and 254 vCPUs"],
+        ),
+        (
             "wild registers",
             &|at| edit(at, "/state/vcpus/0/sregs", json!("00")),
             &["machine.json", "length"],

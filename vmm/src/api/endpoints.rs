@@ -215,7 +215,7 @@ async fn vm_power_button(State(control): State<Control>, _: NoBody) -> Done {
         (status = 204, description = "It is there."),
         (status = 202, description = "It has begun; vm.migration tells the rest."),
         (status = 404, description = "There is no VM.", body = Vec<String>),
-        (status = 405, description = "It does not run.", body = Vec<String>),
+        (status = 405, description = "It is not paused.", body = Vec<String>),
         (status = 429, description = "Another operation goes on.", body = Vec<String>),
         (status = 500, description = "It has failed; the VM is as it was.", body = Vec<String>),
     )))]

@@ -6,7 +6,7 @@ use std::io;
 use devices::{BackendError, DeviceState, Migration, Next, Passthrough, TransitionError};
 
 /// How much is read at once, in bytes.
-pub(crate) const PIECE: usize = 1 << 20;
+const PIECE: usize = 1 << 20;
 
 /// Why the state of a device could not be taken out or put back.
 #[derive(Debug, thiserror::Error)]
@@ -53,7 +53,8 @@ fn migration(device: &Passthrough) -> Result<&dyn Migration, DeviceDataError> {
     migration.ok_or_else(|| DeviceDataError::Unmigratable(device.id().to_owned()))
 }
 
-/// Reads all that a stopped device has, and returns how many bytes that was.
+/// Reads all that a stopped device has, and returns how many bytes that was. How many there are is up to the device: an
+/// error of `sink` ends it.
 pub(crate) fn read(
     device: &Passthrough,
     mut sink: impl FnMut(&[u8]) -> io::Result<()>,

@@ -84,9 +84,6 @@ pub(crate) enum StateError {
 /// In what a machine is not like the one that was described.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub(crate) enum MachineMismatch {
-    /// The description is none that this program can read.
-    #[error("it was saved in version {0} of the format, and this program reads version {VERSION}")]
-    Version(u32),
     /// RAM is elsewhere.
     #[error("guest RAM is at {here:x?} here, and was at {saved:x?}")]
     Ram {
@@ -119,9 +116,6 @@ impl Machine {
     /// In what this machine is not like the one that was described. (Its CPUs are, since it was made with them.)
     pub(crate) fn compare(&self, saved: &Description) -> Vec<MachineMismatch> {
         let mut found = Vec::new();
-        if saved.version != VERSION {
-            found.push(MachineMismatch::Version(saved.version));
-        }
         let here = self.ram();
         if saved.ram != here {
             found.push(MachineMismatch::Ram {

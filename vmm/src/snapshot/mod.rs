@@ -105,8 +105,8 @@ struct HeadOfMachine {
     version: u32,
 }
 
-/// Writes the state of a paused machine into a directory, which is made if there is none. `progress` hears of bytes of RAM,
-/// and can end it. The machine stays paused, and its devices run again when this returns.
+/// Writes the state of a paused machine into a directory, which is made if there is none. `progress` hears of bytes of RAM
+/// and, as 0, of other steps, and can end it with any of them. The machine stays paused, and its devices run again when this returns.
 pub(crate) fn save(
     machine: &Machine,
     path: &Path,
@@ -118,7 +118,11 @@ pub(crate) fn save(
     let mut device_bytes = Vec::new();
     for (index, device) in machine.pci.devices().iter().enumerate() {
         let mut file = folder.create_file(&device_file(index))?;
-        device_bytes.push(device_data::read(device, |bytes| file.write_all(bytes))?);
+        let bytes = device_data::read(device, |bytes| {
+            progress(0)?;
+            file.write_all(bytes)
+        });
+        device_bytes.push(bytes?);
         folder.keep(&device_file(index), &file)?;
     }
     save_ram(&frozen, &mut folder, progress)?;
@@ -229,12 +233,19 @@ impl Snapshot {
     }
 
     /// Has the devices of a machine take their state. They then stand still.
-    pub(crate) fn load_devices(&self, machine: &Machine) -> Result<(), SnapshotError> {
+    pub(crate) fn load_devices(
+        &self,
+        machine: &Machine,
+        progress: &impl Fn(u64) -> io::Result<()>,
+    ) -> Result<(), SnapshotError> {
         let devices = machine.pci.devices().iter().enumerate();
         for (index, device) in devices {
             let expected = self.device_bytes.get(index).copied().unwrap_or(0);
             let mut file = self.open_file(&device_file(index), expected)?;
-            device_data::write(device, |piece| file.read(piece))?;
+            device_data::write(device, |piece| {
+                progress(0)?;
+                file.read(piece)
+            })?;
         }
         Ok(())
     }

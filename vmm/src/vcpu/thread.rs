@@ -243,7 +243,9 @@ impl Gate {
         let remaining = deadline.saturating_duration_since(Instant::now());
         let (state, _) = self
             .changed
-            .wait_timeout_while(self.state(), remaining, |state| state.parked.is_none())
+            .wait_timeout_while(self.state(), remaining, |state| {
+                state.parked.is_none() && state.wanted != Wanted::Run
+            })
             .unwrap_or_else(PoisonError::into_inner);
         state.parked.is_some()
     }

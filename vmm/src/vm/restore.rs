@@ -1,22 +1,24 @@
 //! A VM made of what was saved of another.
 
-use std::fmt;
 use std::io;
 
 use super::{Surroundings, Vm, VmError};
 use crate::clock::TimeAway;
-use crate::config::VmConfig;
-use crate::cpu_profile::{self, HostCpu};
+use crate::config::{ConfigError, VmConfig};
+use crate::cpu_profile::{self, CpuProfile, HostCpu};
 use crate::kvm::{self, KvmError};
-use crate::machine::state::{MachineMismatch, MachineState, StateError};
+use crate::machine::state::{MachineState, StateError};
 use crate::snapshot::{Snapshot, SnapshotError};
 
 /// Why a VM cannot be restored.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum RestoreError {
-    /// The host has no machine like that.
+    /// Nobody has such a machine.
+    #[error("the saved VM cannot be")]
+    Config(#[from] ConfigError),
+    /// This host, or the machine that it makes, is not what was saved in all this.
     #[error("the VM cannot run here: {0}")]
-    Mismatch(Mismatches),
+    Mismatch(String),
     /// It cannot be made.
     #[error(transparent)]
     Vm(#[from] VmError),
@@ -28,25 +30,9 @@ pub(crate) enum RestoreError {
     State(#[from] StateError),
 }
 
-/// Everything in which this host or the machine that it makes is not what was saved.
-#[derive(Debug)]
-pub(crate) struct Mismatches {
-    cpu: Vec<cpu_profile::Mismatch>,
-    machine: Vec<MachineMismatch>,
-}
-
-impl fmt::Display for Mismatches {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let cpu = self.cpu.iter().map(ToString::to_string);
-        let machine = self.machine.iter().map(ToString::to_string);
-        let all: Vec<_> = cpu.chain(machine).collect();
-        f.write_str(&all.join("; "))
-    }
-}
-
 impl Vm {
-    /// Makes a VM of a snapshot. `config` is the saved one, but for where devices are on this host. Its devices
-    /// stand still until the machine is [thawed](crate::machine::Machine::thaw). `progress` hears of bytes of RAM, and can end it.
+    /// Makes a VM of a snapshot. `config` is the saved one, but for where devices are on this host. Its devices stand
+    /// still until the machine is [thawed](crate::machine::Machine::thaw). `progress` is as that of a snapshot.
     pub(crate) fn restore(
         snapshot: &Snapshot,
         config: &VmConfig,
@@ -54,13 +40,14 @@ impl Vm {
         progress: &(impl Fn(u64) -> io::Result<()> + Sync),
     ) -> Result<Self, RestoreError> {
         let saved = &snapshot.machine;
-        check(check_cpu(config, &saved.cpu)?, Vec::new())?;
+        config.validate()?;
+        expect_none(&compare_cpu(config, &saved.cpu)?)?;
         let mut vm = Self::assemble(config, Some(&saved.cpu), surroundings)?;
-        check(Vec::new(), vm.machine.compare(saved))?;
+        expect_none(&vm.machine.compare(saved))?;
         snapshot.load_ram(&vm.machine.memory, progress)?;
         let pci = vm.machine.pci.restore(&snapshot.state.pci);
         pci.map_err(StateError::from)?;
-        snapshot.load_devices(&vm.machine)?;
+        snapshot.load_devices(&vm.machine, progress)?;
         vm.take_platform(snapshot.state.clone(), TimeAway::Skipped)?;
         Ok(vm)
     }
@@ -101,9 +88,10 @@ impl Vm {
     }
 }
 
-fn check_cpu(
+/// In what this host's CPUs are less than the saved VM's.
+fn compare_cpu(
     config: &VmConfig,
-    saved: &cpu_profile::CpuProfile,
+    saved: &CpuProfile,
 ) -> Result<Vec<cpu_profile::Mismatch>, VmError> {
     let host = HostCpu::new(&kvm::open()?, config.vcpus);
     let host = host.map_err(|source| KvmError::Step {
@@ -113,13 +101,11 @@ fn check_cpu(
     Ok(saved.compare(&host))
 }
 
-fn check(
-    cpu: Vec<cpu_profile::Mismatch>,
-    machine: Vec<MachineMismatch>,
-) -> Result<(), RestoreError> {
-    if cpu.is_empty() && machine.is_empty() {
-        Ok(())
-    } else {
-        Err(RestoreError::Mismatch(Mismatches { cpu, machine }))
+/// An error that has all of them, if there are any.
+fn expect_none(mismatches: &[impl ToString]) -> Result<(), RestoreError> {
+    if mismatches.is_empty() {
+        return Ok(());
     }
+    let all: Vec<_> = mismatches.iter().map(ToString::to_string).collect();
+    Err(RestoreError::Mismatch(all.join("; ")))
 }
