@@ -1,7 +1,7 @@
 //! Work on all devices at once, for a test that does something to them meanwhile.
 //!
 //! Device `N` of all [`kinds`] has a thread, on CPU `N` modulo the number of CPUs, that uses it again and again: it
-//! writes and reads a register, or reads from a disk. It prints `STATE N alive`, or `STATE N dead VVVVDDDD` with what its
+//! writes and reads a register, reads from a disk, or has a serial port hold or echo bytes. It prints `STATE N alive`, or `STATE N dead VVVVDDDD` with what its
 //! ids read as, whenever that changes. Every second `WORK N COUNT LONGEST` says how often the device was found alive so
 //! far, and how many milliseconds its longest access in that second took. It ends when the power button is pressed.
 
@@ -20,11 +20,11 @@ use rustix::thread::{CpuSet, sched_setaffinity};
 use crate::checks::at;
 use crate::interrupts;
 use crate::mapping::Mapping;
-use crate::passthrough::{E1000E, EDU, NVME, edu, nvme};
+use crate::passthrough::{E1000E, EDU, MTTY, NVME, edu, nvme, uart};
 use crate::pci::{Device, regs};
 
 /// The devices, by their ids, and how each is used. There is one disk at most.
-fn kinds() -> [((u16, u16), Use); 4] {
+fn kinds() -> [((u16, u16), Use); 5] {
     /// In the table of multicast addresses.
     const E1000E_MULTICAST: usize = 0x5200;
     [
@@ -32,6 +32,7 @@ fn kinds() -> [((u16, u16), Use); 4] {
         (EDU, Use::Register(edu::INVERTED, |value| !value)),
         (E1000E, Use::Register(E1000E_MULTICAST, |value| value)),
         (NVME, Use::Disk),
+        (MTTY, Use::Port),
     ]
 }
 
@@ -41,14 +42,16 @@ enum Use {
     /// By a register in BAR 0: its offset, and what it reads as after a value was written.
     Register(usize, fn(u32) -> u32),
     Disk,
+    /// The first serial port by its [buffer](uart::Buffer), and the others by Linux's driver.
+    Port,
 }
 
 /// Works on all devices until the power button is pressed.
 pub(crate) fn until_button() -> Result<()> {
     let mut workers = Vec::new();
     for (ids, how) in kinds() {
-        let devices = Device::with_ids(ids)?.into_iter();
-        workers.extend(devices.map(|device| Worker::new(device, how)));
+        let devices = Device::with_ids(ids)?.into_iter().enumerate();
+        workers.extend(devices.map(|(place, device)| Worker::new(device, how, place)));
     }
     let cpus = interrupts::cpus()?.len();
     let button = button()?;
@@ -89,6 +92,8 @@ pub(crate) fn button() -> Result<mpsc::Receiver<()>> {
 struct Worker {
     device: Device,
     how: Use,
+    /// Among those of its kind.
+    place: usize,
     count: AtomicU64,
     longest: AtomicU64,
     is_over: AtomicBool,
@@ -98,6 +103,8 @@ struct Worker {
 enum Tool {
     Register(Mapping, usize, fn(u32) -> u32),
     Disk(File, Box<Block>),
+    Buffer(uart::Buffer),
+    Port(uart::Port),
 }
 
 /// What is read from a disk at a time, aligned as that needs it.
@@ -105,10 +112,11 @@ enum Tool {
 struct Block([u8; 4096]);
 
 impl Worker {
-    fn new(device: Device, how: Use) -> Self {
+    fn new(device: Device, how: Use, place: usize) -> Self {
         Self {
             device,
             how,
+            place,
             count: AtomicU64::new(0),
             longest: AtomicU64::new(0),
             is_over: AtomicBool::new(false),
@@ -154,6 +162,8 @@ impl Worker {
                 Ok(Tool::Register(self.device.map(0)?, offset, answer))
             }
             Use::Disk => Ok(Tool::Disk(nvme::open()?, Box::new(Block([0; 4096])))),
+            Use::Port if self.place == 0 => Ok(Tool::Buffer(uart::Buffer::fill(&self.device)?)),
+            Use::Port => Ok(Tool::Port(uart::Port::open(&self.device)?)),
         }
     }
 
@@ -168,6 +178,8 @@ impl Worker {
                 self.timed(|| disk.read_exact_at(&mut block.0, place))
                     .is_ok()
             }
+            Tool::Buffer(buffer) => self.timed(|| buffer.turn()).is_ok(),
+            Tool::Port(port) => self.timed(|| port.echo(value.to_le_bytes()[0])).is_ok(),
         }
     }
 

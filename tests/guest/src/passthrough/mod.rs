@@ -5,7 +5,7 @@ pub(crate) mod edu;
 mod network;
 pub(crate) mod nvme;
 mod rom;
-mod uart;
+pub(crate) mod uart;
 
 use std::fs;
 use std::process::Command;
@@ -25,7 +25,7 @@ pub(crate) const EDU: (u16, u16) = (0x1234, 0x11e8);
 pub(crate) const NVME: (u16, u16) = (0x1b36, 0x0010);
 pub(crate) const E1000E: (u16, u16) = (0x8086, 0x10d3);
 const IGBVF: (u16, u16) = (0x8086, 0x10ca);
-const MTTY: (u16, u16) = (0x4348, 0x3253);
+pub(crate) const MTTY: (u16, u16) = (0x4348, 0x3253);
 
 /// Every check, in the order in which they run.
 pub(crate) const ALL: &[Check] = &[

@@ -1,5 +1,6 @@
 //! The cases that need real kernels. Runs inside the lab; `tests/lab/README.md` says how to add one.
 
+mod api;
 mod at_work;
 mod backend;
 mod boot;
@@ -92,6 +93,7 @@ fn main() -> ExitCode {
     suite.run("disks", disk::all);
     suite.run("cards", card::all);
     suite.run("snapshot", snapshot::under_load);
+    suite.run("snapshot-host-devices", snapshot::of_host_devices);
     suite.run("cost-beside-qemu", cost::beside_qemu);
     // Debian's kernels have none: see `make test-iommufd`.
     if iommufd::is_there() {

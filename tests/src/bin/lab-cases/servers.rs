@@ -70,7 +70,7 @@ pub(crate) fn killed_and_stopped(case: &mut Case<'_>) -> Result<()> {
 
     stopped.signal(Signal::STOP)?;
     vm.wait_for("STATE 1 dead", SOON)?;
-    let [before, hung, later] = [
+    let [before, hung, later]: [[Work; 3]; 3] = [
         Work::next(&mut vm)?,
         Work::next(&mut vm)?,
         Work::next(&mut vm)?,

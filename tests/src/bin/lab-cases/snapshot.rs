@@ -7,9 +7,11 @@ use anyhow::{Context, Result, ensure};
 use guest::ledger::Chance;
 use rustix::process::Signal;
 use serde_json::json;
-use tests::api::{self, Answer};
 use tests::lab::ledger::{Ledger, await_flushes, await_verified, verify_ended};
-use tests::lab::{BOOT, Case, Process, Report, SOON};
+use tests::lab::{BOOT, Case, Mtty, Process, Report, SOON};
+
+use crate::api::Api;
+use crate::work::await_work;
 
 /// Bytes in the image of a disk.
 const SIZE: u64 = 6 << 20;
@@ -24,30 +26,20 @@ pub(crate) fn under_load(case: &mut Case<'_>) -> Result<()> {
         let path = case.path(&id);
         ledgers.push(Ledger::new(id, path, SIZE, chance.next(), more)?);
     }
-    let [api, snapshot] = ["api", "snapshot"].map(|name| case.path(name));
+    let api = Api::at(case.path("api"));
     let (mut server, socket) = case.server()?;
     let mut command = case.linux("6.12", "outrigger.checks=registers outrigger.end=load");
     command.args(["--cpus", "4", "--memory", "size=256M", "--disk"]);
     command.args(ledgers.iter().map(Ledger::argument));
     command.args(["--user-device", &at("demo", &socket)]);
-    let mut vm = case.start(command.arg("--api-socket").arg(&api))?;
+    let mut vm = case.start(command.arg("--api-socket").arg(api.path()))?;
     Report::wait(&mut vm, BOOT)?.devices_are_well(1)?;
     await_verified(&mut vm, &ledgers)?;
     await_flushes(&mut vm, &ledgers)?;
     let worked = work(&mut vm)?;
 
-    put(&api, "vm.pause", "")?;
-    let deadline = Instant::now() + SOON;
-    while api::request(&api, "GET", "vm.info", "")?.body["state"] != "Paused" {
-        ensure!(Instant::now() < deadline, "it does not stand still");
-    }
-    let paused = Instant::now();
-    let url = format!("file://{}", snapshot.display());
-    put(
-        &api,
-        "vm.snapshot",
-        &json!({"destination_url": url}).to_string(),
-    )?;
+    let url = format!("file://{}", case.path("snapshot").display());
+    let paused = api.save(&url)?;
     println!("  saved in {:?}", paused.elapsed());
     for process in [&mut vm, &mut server] {
         process.signal(Signal::KILL)?;
@@ -78,14 +70,53 @@ pub(crate) fn under_load(case: &mut Case<'_>) -> Result<()> {
     Ok(())
 }
 
-fn at(id: &str, socket: &Path) -> String {
-    format!("id={id},socket={}", socket.display())
+/// A guest that works on two of the host's mediated devices is saved and killed, and goes on in another process with two
+/// others. One holds bytes that are nowhere else, and the other one interrupts the guest all the time.
+pub(crate) fn of_host_devices(case: &mut Case<'_>) -> Result<()> {
+    let [api, other_api] = ["api", "other"].map(|name| Api::at(case.path(name)));
+    let url = format!("file://{}", case.path("snapshot").display());
+    let counts = {
+        let mttys = [mtty(5)?, mtty(6)?];
+        let mut command = case.linux("host", "outrigger.checks=none outrigger.end=work");
+        command.args(["--cpus", "2", "--memory", "size=256M", "--device"]);
+        let numbered = (0..).zip(&mttys);
+        command.args(
+            numbered
+                .map(|(number, mtty)| format!("id=mtty{number},path={}", mtty.path().display())),
+        );
+        let mut vm = case.start(command.arg("--api-socket").arg(api.path()))?;
+        Report::wait(&mut vm, BOOT)?;
+        let counts = await_work(&mut vm, [100, 10]).context("before")?;
+        api.save(&url)?;
+        vm.signal(Signal::KILL)?;
+        vm.wait(SOON)?;
+        counts
+    };
+
+    let mttys = [mtty(7)?, mtty(8)?];
+    let mut vm = other_api.start(case)?;
+    let numbered = (0..).zip(&mttys);
+    let devices: Vec<_> = numbered
+        .map(|(number, mtty)| json!({"id": format!("mtty{number}"), "path": mtty.path()}))
+        .collect();
+    let request = json!({"source_url": url, "resume": true, "devices": devices});
+    other_api.put("vm.restore", &request)?;
+    let counts = await_work(&mut vm, counts).context("restored")?;
+    await_work(&mut vm, counts.map(|count| count + 10)).context("after")?;
+    let dead = vm.lines().iter().find(|line| line.text.contains(" dead "));
+    ensure!(dead.is_none(), "{dead:?}");
+    vm.signal(Signal::POWER)?;
+    let exit = vm.wait(SOON)?;
+    ensure!(exit.status.success(), "after power off: {}", exit.status);
+    Ok(())
 }
 
-fn put(api: &Path, endpoint: &str, body: &str) -> Result<()> {
-    let Answer { status, body } = api::request(api, "PUT", endpoint, body)?;
-    ensure!(status == 204, "{endpoint}: {status}: {body}");
-    Ok(())
+fn mtty(number: u8) -> Result<Mtty> {
+    Mtty::create(&format!("83b8f4f2-509f-382f-3c1e-e6bfe0fa10{number:02}"))
+}
+
+fn at(id: &str, socket: &Path) -> String {
+    format!("id={id},socket={}", socket.display())
 }
 
 /// How often the guest has used the demo device.

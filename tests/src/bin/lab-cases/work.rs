@@ -1,4 +1,4 @@
-//! Guests that work on three devices (`outrigger.end=work`), and what becomes of it.
+//! Guests that work on a few devices (`outrigger.end=work`), and what becomes of it.
 
 use std::time::{Duration, Instant};
 
@@ -15,9 +15,9 @@ pub(crate) struct Work {
 }
 
 impl Work {
-    /// The guest's next words.
-    pub(crate) fn next(vm: &mut Process) -> Result<[Self; 3]> {
-        let mut one = |number: usize| -> Result<Self> {
+    /// The guest's next words about all `N` devices.
+    pub(crate) fn next<const N: usize>(vm: &mut Process) -> Result<[Self; N]> {
+        let one = |number: usize| -> Result<Self> {
             let prefix = format!("WORK {number} ");
             let line = vm.wait_for(&prefix, SOON)?;
             let numbers = line
@@ -30,12 +30,13 @@ impl Work {
                 longest: Duration::from_millis(longest.parse()?),
             })
         };
-        Ok([one(0)?, one(1)?, one(2)?])
+        let all = (0..N).map(one).collect::<Result<Vec<_>>>()?;
+        all.try_into().ok().context("as many as were asked for")
     }
 }
 
 /// Waits until each device was used so often, and returns how often they were.
-pub(crate) fn await_work(vm: &mut Process, counts: [u64; 3]) -> Result<[u64; 3]> {
+pub(crate) fn await_work<const N: usize>(vm: &mut Process, counts: [u64; N]) -> Result<[u64; N]> {
     let deadline = Instant::now() + SOON;
     loop {
         let now = Work::next(vm)?.map(|work| work.count);

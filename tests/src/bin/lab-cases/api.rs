@@ -1,0 +1,69 @@
+//! What cases ask of a VMM by its API.
+
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::thread;
+use std::time::Instant;
+
+use anyhow::{Context, Result, ensure};
+use serde_json::{Value, json};
+use tests::api::{self, Answer};
+use tests::lab::{Case, Process, SOON};
+
+/// The API of a VMM.
+#[derive(Debug)]
+pub(crate) struct Api(PathBuf);
+
+impl Api {
+    /// The one that a VMM is going to serve at this path.
+    pub(crate) fn at(path: PathBuf) -> Self {
+        Self(path)
+    }
+
+    /// Where it is.
+    pub(crate) fn path(&self) -> &Path {
+        &self.0
+    }
+
+    /// Starts a VMM that serves it, and has no VM.
+    pub(crate) fn start(&self, case: &Case<'_>) -> Result<Process> {
+        let vmm = case.start(case.outrigger().arg("--api-socket").arg(&self.0))?;
+        let deadline = Instant::now() + SOON;
+        while let Err(error) = UnixStream::connect(&self.0) {
+            ensure!(Instant::now() < deadline, "no API: {error}");
+            thread::yield_now();
+        }
+        Ok(vmm)
+    }
+
+    /// Asks for something.
+    pub(crate) fn get(&self, endpoint: &str) -> Result<Value> {
+        let Answer { status, body } = api::request(&self.0, "GET", endpoint, "")?;
+        ensure!(status == 200, "{endpoint}: {status}: {body}");
+        Ok(body)
+    }
+
+    /// Has something done.
+    pub(crate) fn put(&self, endpoint: &str, body: &Value) -> Result<()> {
+        let text = match body {
+            Value::Null => String::new(),
+            body => body.to_string(),
+        };
+        let Answer { status, body } = api::request(&self.0, "PUT", endpoint, &text)?;
+        ensure!(status == 204, "{endpoint}: {status}: {body}");
+        Ok(())
+    }
+
+    /// Pauses the VM and writes its state into a directory. Returns when it stood still.
+    pub(crate) fn save(&self, url: &str) -> Result<Instant> {
+        self.put("vm.pause", &Value::Null)?;
+        let deadline = Instant::now() + SOON;
+        while self.get("vm.info")?["state"] != "Paused" {
+            ensure!(Instant::now() < deadline, "it does not stand still");
+        }
+        let paused = Instant::now();
+        self.put("vm.snapshot", &json!({"destination_url": url}))
+            .context("saving")?;
+        Ok(paused)
+    }
+}
