@@ -14,7 +14,7 @@ use super::body::{
     ReceiveMigrationData, RestoreConfig, SendMigrationData, SnapshotConfig, VmConfig, VmCounters,
     VmInfo, VmmPing,
 };
-use super::reply::{Json, NoBody, Refusal};
+use super::reply::{AnyBody, Json, NoBody, Refusal};
 use crate::control::{Control, ControlError, MigrationProgress, Operation};
 
 /// Makes the service of its endpoints, and for the test of their description a list of them.
@@ -79,12 +79,12 @@ async fn without_reason(mut response: Response) -> Response {
     response
 }
 
-async fn unknown(uri: Uri) -> Refusal {
+async fn unknown(uri: Uri, _: AnyBody) -> Refusal {
     let what = format!("there is no endpoint {}", uri.path());
     Refusal::new(StatusCode::NOT_FOUND, what)
 }
 
-async fn wrong_method(uri: Uri) -> Refusal {
+async fn wrong_method(uri: Uri, _: AnyBody) -> Refusal {
     let what = format!("{} is there, but not by this method", uri.path());
     Refusal::new(StatusCode::METHOD_NOT_ALLOWED, what)
 }

@@ -66,6 +66,17 @@ impl<S: Sync> FromRequest<S> for NoBody {
     }
 }
 
+/// A body that is of no interest, but has come: a client that is answered and cut off while it sends does not read why.
+pub(super) struct AnyBody;
+
+impl<S: Sync> FromRequest<S> for AnyBody {
+    type Rejection = Refusal;
+
+    async fn from_request(request: Request, _: &S) -> Result<Self, Refusal> {
+        receive(request.into_body()).await.map(|_| Self)
+    }
+}
+
 async fn receive(body: Body) -> Result<Bytes, Refusal> {
     let received = Limited::new(body, MAX_BODY).collect();
     match tokio::time::timeout(SLOWEST, received).await {
