@@ -102,6 +102,19 @@ impl Calls {
         self.limit = limit.clamp(1, MAX_CALLS);
     }
 
+    /// The highest message id that a command has had so far, as far as that matters: the number of the slot is left out.
+    pub(crate) fn last_id(&self) -> u16 {
+        let ids = self.slots.iter().map(|slot| slot.id & !(ID_STEP - 1));
+        ids.max().unwrap_or_default()
+    }
+
+    /// Goes on with higher message ids than this.
+    pub(crate) fn go_on_after(&mut self, id: u16) {
+        for (slot, number) in self.slots.iter_mut().zip(0..ID_STEP) {
+            slot.id = id & !(ID_STEP - 1) | number;
+        }
+    }
+
     /// Whether one more command may be sent.
     pub(crate) fn has_room(&self) -> bool {
         self.outstanding < self.limit

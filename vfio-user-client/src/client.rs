@@ -42,12 +42,12 @@ use crate::twin::Twin;
 #[derive(Debug)]
 pub struct Client {
     pub(crate) connection: Arc<Connection>,
-    /// Keeps the thread of the twin socket, which ends when this goes.
-    _twin: Option<Twin>,
+    /// The twin socket, if there is one. Its thread ends when this goes.
+    pub(crate) twin: Option<Twin>,
     pub(crate) limits: Limits,
     pub(crate) deadlines: Deadlines,
     /// What the server keeps. Never locked during a call.
-    setup: Mutex<Setup>,
+    pub(crate) setup: Mutex<Setup>,
 }
 
 impl Client {
@@ -87,14 +87,15 @@ impl Client {
             .map_err(ConnError::System)?;
         let connection = Arc::new(connection);
         let (limits, twin) = negotiate(&connection, options)?;
-        let twin = twin
-            .map(|socket| Twin::start(socket, Arc::clone(&connection)))
-            .transpose()
-            .map_err(ConnError::System)?;
-        connection.ready(twin.as_ref().map(Twin::socket));
+        let twin = twin.map(Twin::new).transpose();
+        let twin = twin.map_err(ConnError::System)?;
+        if let Some(twin) = &twin {
+            twin.start(&connection).map_err(ConnError::System)?;
+        }
+        connection.ready(twin.as_ref());
         Ok(Self {
             connection,
-            _twin: twin,
+            twin,
             limits,
             deadlines: options.deadlines.clone(),
             setup: Mutex::default(),
@@ -133,7 +134,8 @@ impl Client {
         self.connection.drain(limit)
     }
 
-    /// Ends the connection. Whoever waits in a call, and whoever calls later, gets [`ConnError::Lost`].
+    /// Ends the connection. Whoever waits in a call, and whoever calls later, gets [`ConnError::Lost`]. One that is handed
+    /// over ends for this process alone.
     pub fn close(&self) {
         self.connection.close(Loss::Dropped);
     }

@@ -5,6 +5,7 @@
 //! [`Shared::sending`] is the right to send, for the time of one message ([`sending`]). The lock around [`Shared`] is
 //! held for moments only, never while a thread waits for the server.
 
+mod leaving;
 mod receiving;
 mod sending;
 
@@ -21,8 +22,10 @@ use crate::dma::{DmaService, MAX_COMMAND};
 use crate::error::{ConnError, Loss};
 use crate::reader::Reader;
 use crate::socket::Socket;
+use crate::twin::Twin;
 use crate::watch::{Interest, Watch};
 
+pub(crate) use leaving::LeftAt;
 pub(crate) use sending::MAX_OUTGOING;
 
 /// What a connection is ready for.
@@ -34,6 +37,8 @@ pub enum State {
     Ready,
     /// The answers to what was asked before.
     Draining,
+    /// Nothing: it is another process', or may be soon.
+    Away,
     /// Nothing, ever again.
     Lost(Loss),
 }
@@ -140,16 +145,20 @@ impl Connection {
     }
 
     /// Ends the negotiation. `twin` is the socket for the server's commands, if there is one.
-    pub(crate) fn ready(&self, twin: Option<Arc<Socket>>) {
-        if let Some(twin) = twin {
-            // Nobody else sets it.
-            let _ = self.twin.set(twin);
-        }
+    pub(crate) fn ready(&self, twin: Option<&Twin>) {
+        self.set_twin(twin);
         let mut shared = self.lock();
         if shared.state == State::Negotiating {
             shared.state = State::Ready;
         }
         self.leave(shared);
+    }
+
+    fn set_twin(&self, twin: Option<&Twin>) {
+        if let Some(twin) = twin {
+            // Nobody else sets it.
+            let _ = self.twin.set(Arc::clone(twin.socket()));
+        }
     }
 
     /// Sends a command and waits for the reply.
@@ -229,6 +238,11 @@ impl Connection {
         self.lose(&mut shared, loss);
     }
 
+    /// The main socket.
+    pub(crate) fn socket(&self) -> BorrowedFd<'_> {
+        self.socket.as_fd()
+    }
+
     pub(crate) fn state(&self) -> State {
         self.lock().state
     }
@@ -290,11 +304,14 @@ impl Connection {
         if matches!(shared.state, State::Lost(_)) {
             return;
         }
+        let is_ours = shared.state != State::Away;
         shared.state = State::Lost(loss);
         log::debug!("vfio-user: connection lost: {loss}");
-        self.socket.shutdown();
-        if let Some(twin) = self.twin.get() {
-            twin.shutdown();
+        if is_ours {
+            self.socket.shutdown();
+            if let Some(twin) = self.twin.get() {
+                twin.shutdown();
+            }
         }
         self.watch_for(shared, Interest::End);
         self.turn.notify_all();
@@ -347,6 +364,7 @@ impl Shared {
         match self.state {
             State::Negotiating | State::Ready => Ok(()),
             State::Draining => Err(ConnError::Draining),
+            State::Away => Err(ConnError::Away),
             State::Lost(loss) => Err(ConnError::Lost(loss)),
         }
     }
@@ -359,6 +377,12 @@ impl Shared {
     /// Whether nothing is on its way.
     fn is_idle(&self) -> bool {
         !self.sending && self.outbox.is_empty() && self.calls.outstanding() == 0
+    }
+
+    /// Has the server be given one command at a time, from now on.
+    fn serve_one_at_a_time(&mut self) {
+        self.one_at_a_time = true;
+        self.calls.set_limit(1);
     }
 
     /// Counts the outcome of a call.

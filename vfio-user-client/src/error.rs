@@ -32,6 +32,16 @@ pub enum ConnError {
     /// itself: not all calls have ended in time.
     #[error("the connection is being closed")]
     Draining,
+    /// The connection takes no calls, because it is, or may be, another process'. See
+    /// [`Client::hand_over`](crate::Client::hand_over).
+    #[error("the connection is handed over to another process")]
+    Away,
+    /// Something has not ended in time, so that the connection cannot be handed over.
+    #[error("the connection does not come to rest: {0}")]
+    Restless(&'static str),
+    /// What was handed over makes no sense.
+    #[error("this is no connection that could be taken over: {0}")]
+    Handed(&'static str),
     /// The server has not answered in time. It may still do so, or be hung.
     #[error("{command:?} was not answered within {limit:?}")]
     TimedOut {

@@ -98,6 +98,11 @@ impl Reader {
         self.parsed == self.filled
     }
 
+    /// Whether nothing of a message has been received whose end has not.
+    pub(crate) fn is_between_messages(&self) -> bool {
+        self.is_parsed() && self.head_len == 0 && self.message.is_none()
+    }
+
     /// Parses what there is up to the end of the next command, if one ends there, and returns its header. Its payload
     /// is then in [`command`](Self::command). `None` means that all has been parsed.
     ///

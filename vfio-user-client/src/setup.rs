@@ -16,11 +16,11 @@ use crate::maps::DmaAccess;
 /// in it, for devices mask interrupts too.
 #[derive(Clone, Debug, Default)]
 pub struct Setup {
-    maps: BTreeMap<u64, Map>,
+    pub(crate) maps: BTreeMap<u64, Map>,
     /// By the kind of interrupt and the number of the interrupt.
-    events: BTreeMap<(u32, u32), Arc<OwnedFd>>,
+    pub(crate) events: BTreeMap<(u32, u32), Arc<OwnedFd>>,
     /// The events that unmask an interrupt.
-    unmask_events: BTreeMap<(u32, u32), Arc<OwnedFd>>,
+    pub(crate) unmask_events: BTreeMap<(u32, u32), Arc<OwnedFd>>,
 }
 
 /// Memory that the device has, at the address that is the key.
@@ -59,6 +59,22 @@ impl Setup {
             }
         }
         Ok(())
+    }
+
+    /// The event that the device signals for an interrupt, by its kind and its number.
+    pub fn event(&self, index: u32, irq: u32) -> Option<&Arc<OwnedFd>> {
+        self.events.get(&(index, irq))
+    }
+
+    /// The interrupts of a kind that have an event, by their numbers.
+    pub fn events_of(&self, index: u32) -> impl Iterator<Item = (u32, &Arc<OwnedFd>)> {
+        let events = self.events.range((index, 0)..=(index, u32::MAX));
+        events.map(|((_, irq), event)| (*irq, event))
+    }
+
+    /// The event that unmasks an interrupt.
+    pub fn unmask_event(&self, index: u32, irq: u32) -> Option<&Arc<OwnedFd>> {
+        self.unmask_events.get(&(index, irq))
     }
 
     /// How many pieces of memory the device has.

@@ -8,8 +8,21 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 use crate::{ProtocolError, take};
 
 /// Head of the payload of `VERSION`, in both directions. [`Capabilities`] follow as JSON that ends in NUL.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[derive(
+    Clone,
+    Copy,
+    Debug,
+    PartialEq,
+    Eq,
+    FromBytes,
+    IntoBytes,
+    Immutable,
+    KnownLayout,
+    Serialize,
+    Deserialize,
+)]
 #[repr(C)]
+#[serde(deny_unknown_fields)]
 pub struct Version {
     /// Incompatible versions differ in this.
     pub major: u16,
@@ -113,7 +126,8 @@ pub struct TwinSocket {
 }
 
 /// What both ends of a connection can do.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Limits {
     /// The version that is spoken.
     pub version: Version,
@@ -180,6 +194,14 @@ impl Limits {
                 && theirs.write_multiple == Some(true),
             twin_socket: twin_socket(ours, theirs)?,
         })
+    }
+
+    /// Whether [`agree`](Self::agree) could have come to this. To be asked of what somebody else says was agreed on.
+    pub fn are_possible(&self) -> bool {
+        Version::CURRENT.check_answer(self.version).is_ok()
+            && self.max_msg_fds <= SCM_MAX_FD
+            && self.max_data_xfer_size as u64 >= LARGEST_REGISTER
+            && self.page_sizes != 0
     }
 }
 
@@ -297,6 +319,28 @@ mod tests {
             twin_socket: None,
         };
         assert_eq!(limits, expected);
+    }
+
+    #[test]
+    fn what_cannot_have_been_agreed_on_is_told() {
+        let possible = Limits::agree(
+            Version::CURRENT,
+            &Capabilities::default(),
+            &Capabilities::default(),
+        )
+        .unwrap();
+        assert!(possible.are_possible());
+        let wrong: [fn(&mut Limits); 4] = [
+            |limits| limits.version.major = 1,
+            |limits| limits.max_msg_fds = 254,
+            |limits| limits.max_data_xfer_size = 7,
+            |limits| limits.page_sizes = 0,
+        ];
+        for change in wrong {
+            let mut limits = possible;
+            change(&mut limits);
+            assert!(!limits.are_possible(), "{limits:?}");
+        }
     }
 
     #[test]

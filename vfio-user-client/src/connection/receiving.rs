@@ -26,7 +26,7 @@ impl Connection {
         let mut shared = self.lock();
         shared.watching = Interest::Nothing;
         for _ in 0..READS_PER_EVENT {
-            if matches!(shared.state, State::Lost(_)) {
+            if matches!(shared.state, State::Lost(_) | State::Away) {
                 break;
             }
             let Some(reader) = shared.reader.take() else {
@@ -205,8 +205,7 @@ impl Connection {
     ) -> MutexGuard<'a, Shared> {
         let is_dma = [Command::DmaRead as u16, Command::DmaWrite as u16].contains(&command.command);
         if is_dma && !shared.one_at_a_time {
-            shared.one_at_a_time = true;
-            shared.calls.set_limit(1);
+            shared.serve_one_at_a_time();
             log::info!(
                 "vfio-user: the server uses one socket for both directions: from now on it is sent one command at a time"
             );
@@ -225,7 +224,7 @@ impl Connection {
     /// Lets the event loop watch for what would otherwise be seen by nobody.
     fn watch_while_idle(&self, shared: &mut Shared) {
         let interest = match shared.state {
-            State::Negotiating | State::Lost(_) => return,
+            State::Negotiating | State::Away | State::Lost(_) => return,
             State::Ready | State::Draining if !shared.outbox.is_empty() => Interest::InputOutput,
             State::Ready | State::Draining if self.twin.get().is_none() => Interest::Input,
             State::Ready | State::Draining => Interest::End,
