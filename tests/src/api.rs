@@ -5,6 +5,7 @@ use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::Output;
+use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
@@ -60,7 +61,7 @@ impl Vmm {
             if Instant::now() > deadline {
                 bail!("nobody listens on {}", socket.display());
             }
-            std::thread::yield_now();
+            thread::yield_now();
         }
         Ok(Self {
             process,
@@ -105,7 +106,7 @@ impl Vmm {
             if Instant::now() > deadline {
                 bail!("the VM is {}, and not {state}", self.state()?);
             }
-            std::thread::yield_now();
+            thread::yield_now();
         }
         Ok(())
     }
@@ -145,6 +146,31 @@ impl Vmm {
             .collect();
         let body = json!({"source_url": url(directory), "resume": resume, "devices": places});
         self.put("vm.restore", &body.to_string())
+    }
+
+    /// Has something done that takes a while: waits for the answer on a thread.
+    pub fn begin(&self, endpoint: &str, body: &Value) -> JoinHandle<Result<Answer>> {
+        let (socket, endpoint) = (self.socket.clone(), endpoint.to_owned());
+        let body = body.to_string();
+        thread::spawn(move || request(&socket, "PUT", &endpoint, &body))
+    }
+
+    /// Waits for the operation that goes on to come to a phase.
+    ///
+    /// # Errors
+    /// When it does not.
+    pub fn wait_phase(&self, phase: &str) -> Result<Value> {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            let progress = self.get("vm.migration")?.body;
+            if progress["phase"] == phase {
+                return Ok(progress);
+            }
+            if Instant::now() > deadline {
+                bail!("the operation does not come to the phase {phase}: {progress:#}");
+            }
+            thread::yield_now();
+        }
     }
 
     /// Runs `outrigger remote`.

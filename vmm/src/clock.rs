@@ -43,10 +43,6 @@ pub(crate) struct ClockState {
 /// Whether the guest's clocks count the time between its saving and its restoring.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) enum TimeAway {
-    #[cfg_attr(
-        not(test),
-        expect(dead_code, reason = "for migration, which is to come")
-    )]
     /// They do: a guest that migrates was away for a moment, and its wall clock stays right.
     Counted,
     /// They do not: a guest restored from a snapshot finds no timeout expired that had not when it was saved. Its wall clock

@@ -25,6 +25,8 @@ pub enum Ending {
         /// What KVM says, and where the guest was.
         what: String,
     },
+    /// It goes on elsewhere.
+    Departed,
     /// The user ended it.
     Quit,
 }
@@ -33,7 +35,7 @@ impl Ending {
     /// The exit status that tells scripts which it was. (1 is a VM that did not come to run, or not through a reset.)
     pub fn exit_status(&self) -> u8 {
         match self {
-            Self::PowerOff | Self::Quit => 0,
+            Self::PowerOff | Self::Departed | Self::Quit => 0,
             Self::Reset => 3,
             Self::TripleFault { .. } => 4,
             Self::KvmError { .. } => 5,
@@ -47,6 +49,7 @@ impl Ending {
             Self::Reset => "reset",
             Self::TripleFault { .. } => "triple-fault",
             Self::KvmError { .. } => "kvm-error",
+            Self::Departed => "departed",
             Self::Quit => "quit",
         }
     }
@@ -61,6 +64,7 @@ impl fmt::Display for Ending {
                 write!(f, "the guest crashed: triple fault on vCPU {vcpu}")
             }
             Self::KvmError { vcpu, what } => write!(f, "KVM cannot go on with vCPU {vcpu}: {what}"),
+            Self::Departed => write!(f, "the guest goes on elsewhere"),
             Self::Quit => write!(f, "ended by the user"),
         }
     }

@@ -5,8 +5,8 @@ use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
 
 use kvm_bindings::{
-    KVMIO, kvm_ioeventfd, kvm_ioeventfd_flag_nr_datamatch, kvm_ioeventfd_flag_nr_deassign,
-    kvm_ioeventfd_flag_nr_pio,
+    KVMIO, kvm_clear_dirty_log, kvm_clear_dirty_log__bindgen_ty_1, kvm_ioeventfd,
+    kvm_ioeventfd_flag_nr_datamatch, kvm_ioeventfd_flag_nr_deassign, kvm_ioeventfd_flag_nr_pio,
 };
 use kvm_ioctls::VmFd;
 use vmm_sys_util::eventfd::EventFd;
@@ -14,10 +14,11 @@ use vmm_sys_util::ioctl::ioctl_with_ref;
 
 /// The macros make undocumented public functions.
 mod numbers {
-    use super::{KVMIO, kvm_ioeventfd};
-    use vmm_sys_util::ioctl_iow_nr;
+    use super::{KVMIO, kvm_clear_dirty_log, kvm_ioeventfd};
+    use vmm_sys_util::{ioctl_iow_nr, ioctl_iowr_nr};
 
     ioctl_iow_nr!(KVM_IOEVENTFD, KVMIO, 0x79, kvm_ioeventfd);
+    ioctl_iowr_nr!(KVM_CLEAR_DIRTY_LOG, KVMIO, 0xc0, kvm_clear_dirty_log);
 }
 
 /// Which writes of the guest signal an event.
@@ -61,6 +62,35 @@ pub(crate) fn ioeventfd(
     };
     // SAFETY: the ioctl reads a `kvm_ioeventfd`, and `request` is one.
     let result = unsafe { ioctl_with_ref(vm, numbers::KVM_IOEVENTFD(), &request) };
+    if result == 0 {
+        Ok(())
+    } else {
+        Err(io::Error::last_os_error())
+    }
+}
+
+/// Has KVM log writes again to the pages of a memory slot whose bits are set: the first bit is that of `first_page`, a
+/// multiple of 64. Bits beyond the slot's end are ignored.
+pub(crate) fn clear_dirty_log(
+    vm: &VmFd,
+    slot: u32,
+    first_page: u64,
+    pages: u64,
+    bits: &[u64],
+) -> io::Result<()> {
+    let covered = pages.div_ceil(u64::from(u64::BITS)) <= bits.len() as u64;
+    let num_pages = u32::try_from(pages).ok().filter(|_| covered);
+    let request = kvm_clear_dirty_log {
+        slot,
+        num_pages: num_pages.ok_or(io::ErrorKind::InvalidInput)?,
+        first_page,
+        __bindgen_anon_1: kvm_clear_dirty_log__bindgen_ty_1 {
+            dirty_bitmap: bits.as_ptr().cast_mut().cast(),
+        },
+    };
+    // SAFETY: the ioctl reads a `kvm_clear_dirty_log`, which `request` is, and a bit for each of `num_pages` from where
+    // it points, which `bits` has.
+    let result = unsafe { ioctl_with_ref(vm, numbers::KVM_CLEAR_DIRTY_LOG(), &request) };
     if result == 0 {
         Ok(())
     } else {

@@ -27,6 +27,7 @@ mod kvm_vfio;
 mod layout;
 mod machine;
 mod memory;
+mod migration;
 mod options;
 mod pci_host;
 mod platform;

@@ -6,11 +6,18 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
+use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use kvm_bindings::{KVM_MEM_READONLY, kvm_userspace_memory_region};
+use kvm_bindings::{
+    KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, KVM_DIRTY_LOG_INITIALLY_SET,
+    KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE, KVM_MEM_LOG_DIRTY_PAGES, KVM_MEM_READONLY, kvm_enable_cap,
+    kvm_userspace_memory_region,
+};
 use kvm_ioctls::VmFd;
 use vm_allocator::IdAllocator;
+
+use crate::kvm_ext;
 
 /// Why a memory slot could not be set.
 #[derive(Debug, thiserror::Error)]
@@ -29,6 +36,25 @@ pub enum SlotError {
         #[source]
         source: kvm_ioctls::Error,
     },
+}
+
+/// Why it is not known what the guest has written.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum DirtyLogError {
+    /// KVM has no log of the kind that is needed.
+    #[error(
+        "KVM does not log the guest's writes so that the log can be cleared by the piece; Linux 5.4 does"
+    )]
+    Unsupported(#[source] kvm_ioctls::Error),
+    /// The slot has been taken away.
+    #[error("the memory is not there any more")]
+    NoSlot,
+    /// KVM does not log.
+    #[error("KVM does not log the guest's writes")]
+    Kvm(#[source] kvm_ioctls::Error),
+    /// KVM does not clear its log.
+    #[error("KVM does not clear its log of the guest's writes")]
+    Clear(#[source] io::Error),
 }
 
 /// Memory of this process that stays where it is while the value lives.
@@ -136,6 +162,18 @@ impl Slots {
 }
 
 impl Shared {
+    /// Has KVM protect pages anew when it is told to, and not when the log is read: little by little, as they are sent.
+    fn log_by_hand(&self) -> Result<(), DirtyLogError> {
+        let mut request = kvm_enable_cap {
+            cap: KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2,
+            ..Default::default()
+        };
+        let [flags, ..] = &mut request.args;
+        *flags = u64::from(KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE | KVM_DIRTY_LOG_INITIALLY_SET);
+        let enabled = self.vm.enable_cap(&request);
+        enabled.map_err(DirtyLogError::Unsupported)
+    }
+
     fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -180,6 +218,42 @@ impl fmt::Debug for Mapping {
 pub(crate) struct Slot {
     shared: Arc<Shared>,
     id: u32,
+}
+
+impl Slot {
+    /// Starts to log which pages the guest writes, or stops. At first all are logged as written.
+    pub(crate) fn log_writes(&self, log: bool) -> Result<(), DirtyLogError> {
+        if log {
+            self.shared.log_by_hand()?;
+        }
+        let flags = if log { KVM_MEM_LOG_DIRTY_PAGES } else { 0 };
+        let state = self.shared.state();
+        let mapping = state.used.get(&self.id).ok_or(DirtyLogError::NoSlot)?;
+        let set = mapping.set(&self.shared.vm, self.id, mapping.memory.size(), flags);
+        set.map_err(DirtyLogError::Kvm)
+    }
+
+    /// Which pages have been written since they were last [cleared](Self::clear_written), a bit for each.
+    pub(crate) fn written(&self) -> Result<Vec<u64>, DirtyLogError> {
+        let size = match self.shared.state().used.get(&self.id) {
+            Some(mapping) => usize::try_from(mapping.memory.size()).unwrap_or(usize::MAX),
+            None => return Err(DirtyLogError::NoSlot),
+        };
+        let log = self.shared.vm.get_dirty_log(self.id, size);
+        log.map_err(DirtyLogError::Kvm)
+    }
+
+    /// Has those of `pages` whose bit is set logged again when they are written. The first bit is that of `first_page`, a
+    /// multiple of 64.
+    pub(crate) fn clear_written(
+        &self,
+        first_page: u64,
+        pages: u64,
+        bits: &[u64],
+    ) -> Result<(), DirtyLogError> {
+        kvm_ext::clear_dirty_log(&self.shared.vm, self.id, first_page, pages, bits)
+            .map_err(DirtyLogError::Clear)
+    }
 }
 
 impl Drop for Slot {

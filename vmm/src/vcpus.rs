@@ -1,7 +1,7 @@
 //! All vCPUs of a VM, from whichever thread they are spoken to.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use crate::vcpu::{Saving, Vcpu, VcpuError, VcpuState, VcpuThread};
 
@@ -80,6 +80,12 @@ impl Vcpus {
         let mut shared = self.lock();
         shared.paused = false;
         shared.threads.iter().for_each(VcpuThread::resume);
+    }
+
+    /// Holds those that run for a while, which begins when each comes out of the guest.
+    pub(crate) fn nap(&self, length: Duration) {
+        let shared = self.lock();
+        shared.threads.iter().for_each(|thread| thread.nap(length));
     }
 
     /// Starts the vCPUs; if they were paused, they stay so.

@@ -5,6 +5,7 @@ mod restore;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+pub(crate) use self::restore::RestoreError;
 use crate::acpi::{self, AcpiError};
 use crate::bars::Space;
 use crate::boot::{BootError, Payload};
@@ -116,6 +117,26 @@ impl Surroundings {
     }
 }
 
+/// Where a VM comes from.
+#[derive(Debug)]
+pub(crate) enum Origin {
+    /// From nowhere.
+    New,
+    /// From its saved state. It had CPUs like these.
+    Saved(CpuProfile),
+    /// From a VMM that runs it still, with what its built-in devices are on. It has CPUs like these.
+    Elsewhere(CpuProfile),
+}
+
+impl Origin {
+    fn cpus(self) -> Option<CpuProfile> {
+        match self {
+            Self::New => None,
+            Self::Saved(cpus) | Self::Elsewhere(cpus) => Some(cpus),
+        }
+    }
+}
+
 /// A virtual machine.
 pub struct Vm {
     /// The vCPUs, while they do not run.
@@ -138,25 +159,26 @@ impl Vm {
 
     /// As [`new`](Self::new), in a process that may make several VMs, one after the other.
     pub(crate) fn within(config: &VmConfig, surroundings: &Surroundings) -> Result<Self, VmError> {
-        let mut vm = Self::assemble(config, None, surroundings)?;
+        let mut vm = Self::assemble(config, Origin::New, surroundings)?;
         vm.load()?;
         Ok(vm)
     }
 
-    /// Makes everything and connects the devices. The CPUs are to be like those of a `saved` VM, if it has been one.
+    /// Makes everything and connects the devices.
     fn assemble(
         config: &VmConfig,
-        saved: Option<&CpuProfile>,
+        origin: Origin,
         surroundings: &Surroundings,
     ) -> Result<Self, VmError> {
         config.validate()?;
         let payload = Payload::open(&config.payload)?;
         // They start while the machine is made.
-        let starting = servers::start(config)?;
+        let starting = servers::start(config, matches!(origin, Origin::Elsewhere(_)))?;
+        let saved = origin.cpus();
         let kvm = kvm::open()?;
         let vm = kvm::create_vm(&kvm, config.vcpus)?;
         vcpu::catch_kicks().map_err(VmError::Kicks)?;
-        let cpuid = match saved {
+        let cpuid = match &saved {
             Some(saved) => saved.cpuid(),
             None => CommonCpuid::new(&kvm, config.vcpus).map_err(|source| KvmError::Step {
                 step: "tell the CPUID it supports",
@@ -239,7 +261,7 @@ impl Vm {
             power_button,
             vm,
             config: config.clone(),
-            cpus: Cpus::new(cpuid, saved.cloned()),
+            cpus: Cpus::new(cpuid, saved),
         };
         Ok(Self {
             stopped,

@@ -187,6 +187,18 @@ impl Vmm {
             Request::Adopt { vm, config, resume } => self
                 .adopt(*vm, config, resume)
                 .map_err(|error| ControlError::failed("the VM does not go on", error)),
+            Request::Discard => {
+                self.vm = None;
+                self.control.discarded();
+                Ok(())
+            }
+            Request::Depart => {
+                self.drop_vm(false);
+                if !self.policy.no_shutdown {
+                    return Ok(Some(End::Run(Ending::Departed)));
+                }
+                Ok(())
+            }
             Request::Quit => return Ok(Some(End::Asked(reply))),
         };
         reply.send(outcome);

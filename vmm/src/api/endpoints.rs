@@ -11,8 +11,8 @@ use hyper::ext::ReasonPhrase;
 
 use super::ROOT;
 use super::body::{
-    ReceiveMigrationData, RestoreConfig, SendMigrationData, SnapshotConfig, VmConfig, VmCounters,
-    VmInfo, VmmPing,
+    ReceiveMigrationData, ResolveMigrationData, RestoreConfig, SendMigrationData, SnapshotConfig,
+    VmConfig, VmCounters, VmInfo, VmmPing,
 };
 use super::reply::{AnyBody, Json, NoBody, Refusal};
 use crate::control::{Control, ControlError, MigrationProgress, Operation};
@@ -68,6 +68,7 @@ endpoints! {
     put "/vm.restore" vm_restore,
     put "/vm.send-migration" vm_send_migration,
     put "/vm.receive-migration" vm_receive_migration,
+    put "/vm.resolve-migration" vm_resolve_migration,
     get "/vm.migration" vm_migration,
     delete "/vm.migration" vm_cancel_migration,
 }
@@ -280,6 +281,19 @@ async fn vm_receive_migration(
     Json(data): Json<ReceiveMigrationData>,
 ) -> Result<Response, Refusal> {
     start(&control, prefer, data.try_into()?).await
+}
+
+/// Says what is to become of a VM whose migration is in doubt: it stands still, and may run at the other end.
+#[cfg_attr(test, utoipa::path(put, path = "/vm.resolve-migration", request_body = ResolveMigrationData, responses(
+    (status = 204, description = "It is known where the VM runs; vm.migration tells."),
+    (status = 404, description = "No migration is in doubt.", body = Vec<String>),
+    (status = 500, description = "The other end does not say.", body = Vec<String>),
+)))]
+async fn vm_resolve_migration(
+    State(control): State<Control>,
+    Json(data): Json<ResolveMigrationData>,
+) -> Done {
+    done(control.resolve(data.into())?.outcome().await)
 }
 
 /// Tells how far the operation has come that goes on (vm.snapshot, vm.restore, vm.send-migration or

@@ -116,15 +116,18 @@ impl From<ControlError> for Refusal {
     /// The statuses are those that Cloud Hypervisor has for the same, where it has one.
     fn from(error: ControlError) -> Self {
         let status = match &error {
-            ControlError::NoVm | ControlError::NoOperation => StatusCode::NOT_FOUND,
+            ControlError::NoVm | ControlError::NoOperation | ControlError::NothingInDoubt => {
+                StatusCode::NOT_FOUND
+            }
             ControlError::State { .. } => StatusCode::METHOD_NOT_ALLOWED,
             ControlError::HasVm => StatusCode::CONFLICT,
             ControlError::Busy(_) => StatusCode::TOO_MANY_REQUESTS,
             ControlError::Invalid(_) => StatusCode::BAD_REQUEST,
             ControlError::NotSupported(_) => StatusCode::NOT_IMPLEMENTED,
-            ControlError::Cancelled(_) | ControlError::Ending | ControlError::Failed { .. } => {
-                StatusCode::INTERNAL_SERVER_ERROR
-            }
+            ControlError::Cancelled(_)
+            | ControlError::Ending
+            | ControlError::InDoubt { .. }
+            | ControlError::Failed { .. } => StatusCode::INTERNAL_SERVER_ERROR,
         };
         Self {
             status,

@@ -30,6 +30,10 @@ pub(crate) enum Request {
         /// Whether its vCPUs go on, too.
         resume: bool,
     },
+    /// Ends a VM that was adopted, and is not to run here after all.
+    Discard,
+    /// Ends the VM: it runs elsewhere.
+    Depart,
     /// Ends the VMM.
     Quit,
 }

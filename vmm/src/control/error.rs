@@ -28,6 +28,21 @@ pub enum ControlError {
     /// The operation was cancelled.
     #[error("{} was cancelled", .0.endpoint())]
     Cancelled(OperationKind),
+    /// There is no migration of which it is not known how it ended.
+    #[error("no migration is in doubt")]
+    NothingInDoubt,
+    /// It is not known where the VM runs.
+    #[error(
+        "the VM stands still here, and {peer} may run it: vm.migration tells when that is known. If {peer} is gone for \
+         good, say so (vm.resolve-migration)"
+    )]
+    InDoubt {
+        /// The other VMM.
+        peer: &'static str,
+        /// What has happened.
+        #[source]
+        source: pci::Cause,
+    },
     /// What is asked for makes no sense.
     #[error("{0}")]
     Invalid(String),

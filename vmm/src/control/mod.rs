@@ -7,6 +7,7 @@
 mod commands;
 mod counters;
 mod error;
+mod migrations;
 mod operations;
 mod progress;
 mod request;
@@ -22,14 +23,16 @@ pub(crate) use self::commands::{Command, Commands, Reply, Request};
 pub use self::counters::Counters;
 pub use self::error::ControlError;
 use self::operations::Operations;
+pub(crate) use self::operations::{Cancel, Order, Task};
 pub use self::progress::{DeviceProgress, MigrationProgress, OperationKind, Phase};
 pub use self::request::{
-    DevicePlaces, MigrationUrl, Operation, ReceiveRequest, RestoreRequest, SendRequest,
+    DevicePlaces, MigrationUrl, Operation, ReceiveRequest, Resolution, RestoreRequest, SendRequest,
     SnapshotRequest, TimeoutStrategy, snapshot_directory,
 };
 use crate::config::VmConfig;
 use crate::events::Events;
 use crate::machine::Machine;
+use crate::migration::{Reception, Record};
 use crate::vcpus::RunState;
 use crate::vm::{Surroundings, Vm};
 
@@ -43,6 +46,10 @@ struct Shared {
     commands: Commands,
     operations: Operations,
     surroundings: Surroundings,
+    /// What has become of VMs that were sent here.
+    record: Arc<Record>,
+    /// Where the source of such a VM may ask.
+    reception: Mutex<Option<Arc<Reception>>>,
 }
 
 /// The place of the one VM that a VMM has at a time.
@@ -94,6 +101,8 @@ impl Control {
             commands: Commands::new(surroundings.endings.clone()),
             operations: Operations::default(),
             surroundings,
+            record: Arc::default(),
+            reception: Mutex::default(),
         }))
     }
 
@@ -240,6 +249,11 @@ impl Control {
         self.0.operations.cancel()
     }
 
+    /// Says what is to become of a VM whose migration is in doubt. The outcome is whether that is known now.
+    pub fn resolve(&self, resolution: Resolution) -> Result<Pending, ControlError> {
+        self.0.operations.resolve(resolution)
+    }
+
     /// Where events are told.
     pub(crate) fn events(&self) -> &Events {
         &self.0.surroundings.events
@@ -262,6 +276,40 @@ impl Control {
             .commands
             .send(Request::Adopt { vm, config, resume })
             .wait()
+    }
+
+    /// Has the main thread end the VM that it has adopted last. Not for the main thread.
+    fn discard(&self) {
+        let discarded = self.0.commands.send(Request::Discard).wait();
+        if let Err(error) = discarded {
+            log::debug!("the VM ends with its VMM: {error}");
+        }
+    }
+
+    /// Has the main thread end the VM, soon: it runs elsewhere.
+    fn depart(&self) {
+        self.0.commands.send(Request::Depart);
+    }
+
+    /// What has become of VMs that were sent here.
+    fn record(&self) -> &Arc<Record> {
+        &self.0.record
+    }
+
+    /// Goes on to answer there, to whoever asks what has become of the VM.
+    fn keep_reception(&self, reception: Arc<Reception>) {
+        *self.reception() = Some(reception);
+    }
+
+    /// Answers there no longer.
+    fn close_reception(&self) {
+        let reception = self.reception().take();
+        drop(reception);
+    }
+
+    fn reception(&self) -> MutexGuard<'_, Option<Arc<Reception>>> {
+        let reception = self.0.reception.lock();
+        reception.unwrap_or_else(PoisonError::into_inner)
     }
 
     /// What the main thread has been asked to do.
@@ -288,7 +336,7 @@ impl Control {
     /// Keeps everyone else off the VM, which the main thread resets. An operation that goes on is cancelled.
     pub(crate) fn reset_begins(&self) {
         self.slot().is_resetting = true;
-        self.0.operations.end();
+        self.0.operations.cancel_and_wait();
     }
 
     /// Says that the VM runs again.
@@ -315,6 +363,11 @@ impl Control {
         self.expect_no_operation()
     }
 
+    /// Forgets a VM that was adopted and is not to run, which the operation knows that goes on.
+    pub(crate) fn discarded(&self) {
+        *self.slot() = Slot::default();
+    }
+
     /// Forgets the machine of a VM whose run ends, and that there was one at all unless it `stays` created.
     pub(crate) fn ended(&self, stays: bool) {
         self.0.operations.end();
@@ -330,6 +383,7 @@ impl Control {
     pub(crate) fn close(&self) {
         self.0.commands.close();
         self.0.operations.end();
+        self.close_reception();
     }
 
     /// An error, if an operation goes on.

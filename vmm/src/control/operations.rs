@@ -1,18 +1,19 @@
 //! Operations: each on a thread of its own, one at a time, with progress, and an outcome that whoever wants waits for.
+//!
+//! A migration that is in doubt goes on until that is resolved, but whoever waits for its outcome is told of the doubt.
 
+use std::collections::VecDeque;
 use std::io;
-use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
+use std::time::Duration;
 
-use rustix::event::{EventfdFlags, eventfd};
-
-use super::commands::Pending;
+use super::commands::{Pending, Reply};
 use super::progress::{MigrationProgress, OperationKind, Phase};
-use super::request::Operation;
-use super::snapshots;
+use super::request::{Operation, Resolution};
 use super::{Control, ControlError};
+use super::{migrations, snapshots};
 use crate::events::Events;
 
 /// The operation that goes on, or the last one.
@@ -51,8 +52,8 @@ impl Operations {
             return Err(ControlError::Busy(busy.task.kind));
         }
         let failed = |source: io::Error| ControlError::failed("cannot start the operation", source);
-        let task = Arc::new(Task::new(kind, events.clone()).map_err(failed)?);
         let (outcome, pending) = Pending::new();
+        let task = Arc::new(Task::new(kind, events.clone(), outcome));
         let thread = thread::Builder::new()
             .name(kind.endpoint().trim_start_matches("vm.").into())
             .spawn({
@@ -60,8 +61,7 @@ impl Operations {
                 move || {
                     task.tell(Phase::Preparing);
                     let result = body(&task);
-                    task.end(&result);
-                    outcome.send(result);
+                    task.end(result);
                 }
             })
             .map_err(failed)?;
@@ -98,8 +98,20 @@ impl Operations {
         }
     }
 
-    /// Cancels the operation that goes on, and waits until there is none.
-    pub(super) fn end(&self) {
+    /// Has the migration that is in doubt end as the operator says, if it can.
+    pub(super) fn resolve(&self, resolution: Resolution) -> Result<Pending, ControlError> {
+        let current = self.lock();
+        let task = current.as_ref().map(|current| &current.task);
+        let in_doubt = task.filter(|task| task.lock().phase == Phase::InDoubt);
+        let task = in_doubt.ok_or(ControlError::NothingInDoubt)?;
+        let (reply, pending) = Pending::new();
+        task.orders().waiting.push_back((resolution, reply));
+        task.ordered.notify_all();
+        Ok(pending)
+    }
+
+    /// Cancels the operation that goes on, and waits until there is none. One that is in doubt goes on until it is not.
+    pub(super) fn cancel_and_wait(&self) {
         let thread = self.lock().as_mut().and_then(|current| {
             current.task.cancel.ask();
             current.thread.take()
@@ -107,6 +119,15 @@ impl Operations {
         if thread.is_some_and(|thread| thread.join().is_err()) {
             log::error!("an operation has panicked");
         }
+    }
+
+    /// As [`cancel_and_wait`](Self::cancel_and_wait), but nothing keeps an operation from its end any more.
+    pub(super) fn end(&self) {
+        if let Some(current) = self.lock().as_ref() {
+            current.task.abandon.ask();
+            current.task.ordered.notify_all();
+        }
+        self.cancel_and_wait();
     }
 
     fn lock(&self) -> MutexGuard<'_, Option<Current>> {
@@ -119,9 +140,8 @@ fn execute(control: &Control, operation: &Operation, task: &Task) -> Result<(), 
     match operation {
         Operation::Snapshot(request) => snapshots::save(&*control.machine()?, request, task),
         Operation::Restore(request) => snapshots::restore(control, request, task),
-        Operation::Send(_) | Operation::Receive(_) => {
-            Err(ControlError::NotSupported(operation.kind().endpoint()))
-        }
+        Operation::Send(request) => migrations::send(control, request, task),
+        Operation::Receive(request) => migrations::receive(control, request, task),
     }
 }
 
@@ -130,18 +150,47 @@ fn execute(control: &Control, operation: &Operation, task: &Task) -> Result<(), 
 pub(crate) struct Task {
     kind: OperationKind,
     progress: Mutex<MigrationProgress>,
-    cancel: Cancel,
+    cancel: Arc<Cancel>,
+    /// The wish that it end even in doubt: the VM or the VMM ends.
+    abandon: Arc<Cancel>,
+    orders: Mutex<Orders>,
+    ordered: Condvar,
     events: Events,
 }
 
+#[derive(Debug)]
+struct Orders {
+    /// Who waits for the outcome of the operation, and has not heard that it is in doubt.
+    outcome: Option<Reply>,
+    /// What is to become of an operation in doubt, and who wants to know whether it has.
+    waiting: VecDeque<(Resolution, Reply)>,
+}
+
+/// What an operation in doubt is to do.
+#[derive(Debug)]
+pub(crate) enum Order {
+    /// Try to find out.
+    Wait,
+    /// What the operator says, who waits for an answer.
+    Resolve(Resolution, Reply),
+    /// End, and leave it in doubt.
+    Abandon,
+}
+
 impl Task {
-    fn new(kind: OperationKind, events: Events) -> io::Result<Self> {
-        Ok(Self {
+    fn new(kind: OperationKind, events: Events, outcome: Reply) -> Self {
+        Self {
             kind,
             progress: Mutex::new(MigrationProgress::new(kind)),
-            cancel: Cancel::new()?,
+            cancel: Arc::default(),
+            abandon: Arc::default(),
+            orders: Mutex::new(Orders {
+                outcome: Some(outcome),
+                waiting: VecDeque::new(),
+            }),
+            ordered: Condvar::new(),
             events,
-        })
+        }
     }
 
     /// Changes what is known of the operation. Not its phase: that is what [`enter`](Self::enter) is for.
@@ -155,9 +204,37 @@ impl Task {
         self.tell(phase);
     }
 
-    /// Whether the operation has been asked to end, and by what it hears of that while it waits for something else.
-    pub(crate) fn cancel(&self) -> &Cancel {
+    /// Whether the operation has been asked to end.
+    pub(crate) fn cancel(&self) -> &Arc<Cancel> {
         &self.cancel
+    }
+
+    /// Whether it has been asked to end even in doubt.
+    pub(crate) fn abandon(&self) -> &Arc<Cancel> {
+        &self.abandon
+    }
+
+    /// Nobody knows where the VM runs. Whoever waits for the outcome hears that, and why.
+    pub(crate) fn enter_doubt(&self, error: ControlError) {
+        self.lock().error = error.messages();
+        self.enter(Phase::InDoubt);
+        if let Some(outcome) = self.orders().outcome.take() {
+            outcome.send(Err(error));
+        }
+    }
+
+    /// What an operation in doubt is to do next; it is asked to wait after so long.
+    pub(crate) fn next_order(&self, wait: Duration) -> Order {
+        let nothing = |orders: &mut Orders| orders.waiting.is_empty() && !self.abandon.is_asked();
+        let waited = self
+            .ordered
+            .wait_timeout_while(self.orders(), wait, nothing);
+        let (mut orders, _) = waited.unwrap_or_else(PoisonError::into_inner);
+        match orders.waiting.pop_front() {
+            _ if self.abandon.is_asked() => Order::Abandon,
+            Some((resolution, reply)) => Order::Resolve(resolution, reply),
+            None => Order::Wait,
+        }
     }
 
     /// An error, if the operation has been asked to end.
@@ -169,24 +246,28 @@ impl Task {
         }
     }
 
-    fn end(&self, result: &Result<(), ControlError>) {
-        let phase = match result {
+    fn end(&self, result: Result<(), ControlError>) {
+        let phase = match &result {
             Ok(()) => Phase::Completed,
             Err(ControlError::Cancelled(_)) => Phase::Cancelled,
             Err(_) => Phase::Failed,
         };
-        let mut progress = self.lock();
-        progress.tick();
-        // Only the operation itself knows that it does not know.
-        if progress.phase != Phase::InDoubt {
+        {
+            let mut progress = self.lock();
+            progress.tick();
             progress.phase = phase;
+            progress.error = result
+                .as_ref()
+                .map_or_else(ControlError::messages, |()| Vec::new());
         }
-        if let Err(error) = result {
-            progress.error = error.messages();
-        }
-        let phase = progress.phase;
-        drop(progress);
         self.tell(phase);
+        let mut orders = self.orders();
+        for (_, reply) in orders.waiting.drain(..) {
+            reply.send(Err(ControlError::NothingInDoubt));
+        }
+        if let Some(outcome) = orders.outcome.take() {
+            outcome.send(result);
+        }
     }
 
     fn tell(&self, phase: Phase) {
@@ -209,48 +290,31 @@ impl Task {
     fn lock(&self) -> MutexGuard<'_, MigrationProgress> {
         self.progress.lock().unwrap_or_else(PoisonError::into_inner)
     }
+
+    fn orders(&self) -> MutexGuard<'_, Orders> {
+        self.orders.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 /// The wish that an operation end.
-#[derive(Debug)]
-pub(crate) struct Cancel {
-    asked: AtomicBool,
-    event: OwnedFd,
-}
+#[derive(Debug, Default)]
+pub(crate) struct Cancel(AtomicBool);
 
 impl Cancel {
-    fn new() -> io::Result<Self> {
-        Ok(Self {
-            asked: AtomicBool::new(false),
-            event: eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?,
-        })
-    }
-
-    fn ask(&self) {
-        self.asked.store(true, Ordering::Release);
-        if let Err(error) = rustix::io::write(&self.event, &1u64.to_ne_bytes()) {
-            log::error!("cannot wake an operation: {error}");
-        }
+    /// Utters it.
+    pub(crate) fn ask(&self) {
+        self.0.store(true, Ordering::Release);
     }
 
     /// Whether it has been uttered.
     pub(crate) fn is_asked(&self) -> bool {
-        self.asked.load(Ordering::Acquire)
-    }
-
-    #[cfg_attr(not(test), expect(dead_code, reason = "for operations to come"))]
-    /// Is readable from then on.
-    pub(crate) fn event(&self) -> BorrowedFd<'_> {
-        self.event.as_fd()
+        self.0.load(Ordering::Acquire)
     }
 }
 
 #[cfg(test)]
 mod tests {
     use std::sync::mpsc;
-
-    use rustix::event::{PollFd, PollFlags, poll};
-    use rustix::io::retry_on_intr;
 
     use super::*;
 
@@ -297,16 +361,53 @@ mod tests {
     fn operation_hears_that_it_is_cancelled() {
         let operations = Operations::default();
         let pending = operations.run(OperationKind::Receive, &Events::default(), |task| {
-            let mut fds = [PollFd::from_borrowed_fd(
-                task.cancel().event(),
-                PollFlags::IN,
-            )];
-            retry_on_intr(|| poll(&mut fds, None)).unwrap();
+            while !task.cancel().is_asked() {
+                thread::yield_now();
+            }
             task.check()
         });
         operations.cancel().unwrap();
         assert!(outcome(pending.unwrap()).is_err());
         assert_eq!(operations.progress().unwrap().phase, Phase::Cancelled);
         operations.end();
+    }
+
+    #[test]
+    fn doubt_is_told_and_goes_on_until_it_is_resolved() {
+        let operations = Operations::default();
+        let run = || {
+            operations.run(OperationKind::Send, &Events::default(), |task| {
+                task.enter_doubt(ControlError::Invalid("who knows".into()));
+                loop {
+                    match task.next_order(Duration::from_secs(60)) {
+                        Order::Resolve(Resolution::Run, reply) => {
+                            reply.send(Ok(()));
+                            return Ok(());
+                        }
+                        Order::Resolve(_, reply) => reply.send(Err(ControlError::NoVm)),
+                        Order::Wait => {}
+                        Order::Abandon => return Err(ControlError::Ending),
+                    }
+                }
+            })
+        };
+        let pending = run().unwrap();
+        let error = outcome(pending).unwrap_err();
+        assert_eq!(error.to_string(), "who knows");
+        assert_eq!(operations.going_on(), Some(OperationKind::Send));
+        let progress = operations.progress().unwrap();
+        assert_eq!((progress.phase, progress.error.len()), (Phase::InDoubt, 1));
+        operations.cancel().unwrap();
+        let asked = operations.resolve(Resolution::Ask).unwrap();
+        assert!(outcome(asked).is_err());
+        outcome(operations.resolve(Resolution::Run).unwrap()).unwrap();
+        operations.cancel_and_wait();
+        assert_eq!(operations.progress().unwrap().phase, Phase::Completed);
+        let late = operations.resolve(Resolution::Run);
+        assert!(matches!(late, Err(ControlError::NothingInDoubt)));
+        let pending = run().unwrap();
+        assert!(outcome(pending).is_err());
+        operations.end();
+        assert_eq!(operations.progress().unwrap().phase, Phase::Failed);
     }
 }

@@ -33,41 +33,41 @@ impl OperationKind {
     }
 }
 
-/// How far an operation has come. The last four are its ends.
+/// How far an operation has come.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(test, derive(ToSchema))]
 pub enum Phase {
-    /// It waits for the other end, or checks what there is against what will be needed.
+    /// It checks what there is against what will be needed.
     Preparing,
+    /// It waits for a VM to be sent.
+    Listening,
     /// Memory and what devices give away early are copied while the guest runs.
     Precopy,
     /// The guest stands still, and the rest is copied.
     StopAndCopy,
     /// Everything is there, and the two ends agree on which of them goes on.
     Committing,
+    /// The other end may or may not run the VM; it stands still here until that is resolved.
+    InDoubt,
     /// It has done what it was to do.
     Completed,
     /// It has failed, and the VM is where and as it was.
     Failed,
     /// It was cancelled, and the VM is where and as it was.
     Cancelled,
-    /// The other end may or may not run the VM; it runs here only when that is resolved.
-    InDoubt,
 }
 
 impl Phase {
     /// Whether nothing comes after it.
     pub fn is_end(self) -> bool {
-        matches!(
-            self,
-            Self::Completed | Self::Failed | Self::Cancelled | Self::InDoubt
-        )
+        matches!(self, Self::Completed | Self::Failed | Self::Cancelled)
     }
 
     /// Its name in events.
     pub(crate) fn name(self) -> &'static str {
         match self {
             Self::Preparing => "preparing",
+            Self::Listening => "listening",
             Self::Precopy => "precopy",
             Self::StopAndCopy => "stop-and-copy",
             Self::Committing => "committing",
@@ -85,6 +85,9 @@ impl Phase {
 pub struct MigrationProgress {
     /// What it does.
     pub operation: OperationKind,
+    /// The name of the migration, the same at both ends.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub id: Option<String>,
     /// How far it has come.
     pub phase: Phase,
     /// How long it has taken so far, or took in all, in milliseconds.
@@ -139,6 +142,7 @@ impl MigrationProgress {
     pub(crate) fn new(operation: OperationKind) -> Self {
         Self {
             operation,
+            id: None,
             phase: Phase::Preparing,
             elapsed_ms: 0,
             rounds: 0,

@@ -73,6 +73,8 @@ pub struct SendRequest {
     pub tls_dir: Option<PathBuf>,
     /// Whether it may go in the clear over a network.
     pub insecure: bool,
+    /// Whether devices may go along that keep no log of what they write to memory, whatever that costs.
+    pub unlogged_dma: bool,
 }
 
 /// Where a VM is to come from, and how.
@@ -90,6 +92,18 @@ pub struct ReceiveRequest {
 
 /// The socket or path of devices, by their ids.
 pub type DevicePlaces = BTreeMap<String, PathBuf>;
+
+/// What is to become of a VM of which it is not known whether it runs here or at the other end of a migration.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Resolution {
+    /// What the other end says, which is asked.
+    #[default]
+    Ask,
+    /// It runs here. The operator vouches that it does not run at the other end, and never will.
+    Run,
+    /// It is gone from here.
+    Discard,
+}
 
 /// What happens to a migration that does not come to its end in time.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]

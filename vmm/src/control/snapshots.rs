@@ -92,7 +92,7 @@ fn follow(task: &Task, bytes: u64) -> impl Fn(u64) -> io::Result<()> + Sync + '_
 }
 
 /// Has devices be where they are on this host.
-fn relocate(config: &mut VmConfig, places: &DevicePlaces) -> Result<(), ControlError> {
+pub(super) fn relocate(config: &mut VmConfig, places: &DevicePlaces) -> Result<(), ControlError> {
     for (id, place) in places {
         let user = config
             .user_devices

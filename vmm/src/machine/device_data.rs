@@ -6,7 +6,7 @@ use std::io;
 use devices::{BackendError, DeviceState, Migration, Next, Passthrough, TransitionError};
 
 /// How much is read at once, in bytes.
-const PIECE: usize = 1 << 20;
+pub(crate) const PIECE: usize = 1 << 20;
 
 /// Why the state of a device could not be taken out or put back.
 #[derive(Debug, thiserror::Error)]
@@ -28,6 +28,15 @@ pub(crate) enum DeviceDataError {
     /// It does not say whether that is all.
     #[error("{0} neither gives the rest of its state nor says that there is none")]
     Stalled(String),
+    /// It does not begin to give its state away.
+    #[error("{id} does not give its state")]
+    Begin {
+        /// The device.
+        id: String,
+        /// Why not.
+        #[source]
+        source: TransitionError,
+    },
     /// It does not change its state.
     #[error("{id} does not take the state that was saved")]
     Transition {
@@ -57,12 +66,25 @@ fn migration(device: &Passthrough) -> Result<&dyn Migration, DeviceDataError> {
 /// error of `sink` ends it.
 pub(crate) fn read(
     device: &Passthrough,
-    mut sink: impl FnMut(&[u8]) -> io::Result<()>,
+    sink: impl FnMut(&[u8]) -> io::Result<()>,
 ) -> Result<u64, DeviceDataError> {
+    match read_some(device, u64::MAX, sink)? {
+        (total, Next::End) => Ok(total),
+        _ => Err(DeviceDataError::Stalled(device.id().to_owned())),
+    }
+}
+
+/// Reads what a device has for now, but not much more than `limit` bytes of it, and returns how many bytes that was and
+/// what comes after them.
+pub(crate) fn read_some(
+    device: &Passthrough,
+    limit: u64,
+    mut sink: impl FnMut(&[u8]) -> io::Result<()>,
+) -> Result<(u64, Next), DeviceDataError> {
     let id = || device.id().to_owned();
     let migration = migration(device)?;
     let mut piece = vec![0; PIECE];
-    let mut total = 0;
+    let mut total: u64 = 0;
     loop {
         let chunk = migration
             .read(&mut piece)
@@ -74,41 +96,62 @@ pub(crate) fn read(
         let bytes = piece.get(..chunk.length).unwrap_or_default();
         sink(bytes).map_err(|source| DeviceDataError::Copy { id: id(), source })?;
         total += bytes.len() as u64;
-        match chunk.next {
-            Next::End => return Ok(total),
-            Next::More => {}
-            Next::Later => return Err(DeviceDataError::Stalled(id())),
+        if chunk.next != Next::More || total >= limit {
+            return Ok((total, chunk.next));
         }
     }
 }
 
-/// Writes the state that `source` has, piece by piece until it has no more, into a device that is waiting for it, or else
-/// runs. The device then stands still, with that state.
+/// Writes the state that `source` has, piece by piece until it has no more, into a device that runs. The device then
+/// stands still, with that state.
 pub(crate) fn write(
     device: &Passthrough,
     mut source: impl FnMut(&mut [u8]) -> io::Result<usize>,
 ) -> Result<(), DeviceDataError> {
-    let id = || device.id().to_owned();
-    let migration = migration(device)?;
-    change_state(device, DeviceState::Resuming)?;
+    let taking = Taking::begin(device)?;
     let mut piece = vec![0; PIECE];
     loop {
-        let length =
-            source(&mut piece).map_err(|source| DeviceDataError::Copy { id: id(), source })?;
+        let length = source(&mut piece).map_err(|source| DeviceDataError::Copy {
+            id: device.id().to_owned(),
+            source,
+        })?;
         let bytes = piece.get(..length).unwrap_or_default();
         if bytes.is_empty() {
-            break;
+            return taking.end();
         }
-        migration
-            .write(bytes)
-            .map_err(|source| DeviceDataError::Device {
-                id: id(),
-                what: "take the state that was saved",
-                source,
-            })?;
+        taking.write(bytes)?;
     }
-    // Only now does it look at all of it.
-    change_state(device, DeviceState::Stop)
+}
+
+/// A device that takes the state of another.
+#[derive(Debug)]
+pub(crate) struct Taking<'d> {
+    device: &'d Passthrough,
+    migration: &'d dyn Migration,
+}
+
+impl<'d> Taking<'d> {
+    /// Has a device, which runs, wait for the state of another.
+    pub(crate) fn begin(device: &'d Passthrough) -> Result<Self, DeviceDataError> {
+        let migration = migration(device)?;
+        change_state(device, DeviceState::Resuming)?;
+        Ok(Self { device, migration })
+    }
+
+    /// Gives it the next piece.
+    pub(crate) fn write(&self, piece: &[u8]) -> Result<(), DeviceDataError> {
+        let written = self.migration.write(piece);
+        written.map_err(|source| DeviceDataError::Device {
+            id: self.device.id().to_owned(),
+            what: "take the state that was saved",
+            source,
+        })
+    }
+
+    /// That was all. Only now does the device look at all of it. It then stands still, with that state.
+    pub(crate) fn end(self) -> Result<(), DeviceDataError> {
+        change_state(self.device, DeviceState::Stop)
+    }
 }
 
 fn change_state(device: &Passthrough, state: DeviceState) -> Result<(), DeviceDataError> {

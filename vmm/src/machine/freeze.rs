@@ -90,8 +90,11 @@ impl Machine {
         self.interrupts.set_edges_connected(false)?;
         let devices = self.pci.devices();
         // First none of them reaches another, then none does anything.
-        for device in devices.iter().filter(|device| has_p2p(device)) {
-            stop(device, DeviceState::RunningP2p)?;
+        for device in devices
+            .iter()
+            .filter(|device| can(device, MigrationFlags::P2P))
+        {
+            stop(device, without_p2p(device))?;
         }
         for device in devices {
             stop(device, DeviceState::StopCopy)?;
@@ -109,9 +112,20 @@ fn why_unmigratable(device: &Passthrough) -> Option<&'static str> {
     )
 }
 
-fn has_p2p(device: &Passthrough) -> bool {
+/// Whether a device has something to do with migration that not every one has.
+pub(crate) fn can(device: &Passthrough, what: MigrationFlags) -> bool {
     let flags = device.migration().map(devices::Migration::flags);
-    flags.is_some_and(|flags| flags.contains(MigrationFlags::P2P))
+    flags.is_some_and(|flags| flags.contains(what))
+}
+
+/// The state in which a device is as it is, but reaches no other.
+fn without_p2p(device: &Passthrough) -> DeviceState {
+    let state = device.migration().map(devices::Migration::state);
+    match state {
+        // What it has given away early stays good.
+        Some(Ok(DeviceState::PreCopy)) => DeviceState::PreCopyP2p,
+        _ => DeviceState::RunningP2p,
+    }
 }
 
 fn stop(device: &Passthrough, state: DeviceState) -> Result<(), FreezeError> {
@@ -131,6 +145,11 @@ impl Frozen<'_> {
     /// The machine.
     pub(crate) fn machine(&self) -> &Machine {
         self.machine
+    }
+
+    /// Leaves the machine as it is: it runs elsewhere.
+    pub(crate) fn abandon(self) {
+        std::mem::forget(self);
     }
 
     /// The state of everything but RAM and the devices themselves.

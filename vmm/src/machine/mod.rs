@@ -11,7 +11,7 @@ use std::sync::{Arc, OnceLock};
 use kvm_ioctls::VmFd;
 use vmm_sys_util::eventfd::EventFd;
 
-pub(crate) use self::freeze::{FreezeError, Frozen};
+pub(crate) use self::freeze::{FreezeError, Frozen, can};
 use crate::config::VmConfig;
 use crate::cpu_profile::{CpuProfile, HostCpu};
 use crate::cpuid::CommonCpuid;

@@ -5,7 +5,8 @@ use std::path::PathBuf;
 use anyhow::{anyhow, bail};
 use clap::{Args, Subcommand};
 use vmm::api::body::{
-    DeviceOverride, ReceiveMigrationData, RestoreConfig, SendMigrationData, TimeoutStrategy,
+    DeviceOverride, MigrationOutcome, ReceiveMigrationData, ResolveMigrationData, RestoreConfig,
+    SendMigrationData, TimeoutStrategy,
 };
 
 /// Which VMM is asked, and what.
@@ -71,6 +72,8 @@ pub(super) enum Verb {
     Migration,
     /// Cancels the operation that goes on
     Cancel,
+    /// Asks the other end whether the VM runs there whose migration is in doubt, or says so
+    Resolve(Resolve),
 }
 
 /// Which snapshot is to be restored.
@@ -105,6 +108,29 @@ pub(super) struct Receive {
     devices: Vec<String>,
 }
 
+/// What is to become of a VM of which it is not known where it runs.
+#[derive(Debug, Args)]
+pub(super) struct Resolve {
+    /// It runs here: you know that it does not at the other end, and never will
+    #[arg(long, conflicts_with = "discard")]
+    run: bool,
+    /// It is gone from here
+    #[arg(long)]
+    discard: bool,
+}
+
+impl Resolve {
+    pub(super) fn body(&self) -> ResolveMigrationData {
+        ResolveMigrationData {
+            outcome: match self {
+                Self { run: true, .. } => MigrationOutcome::Run,
+                Self { discard: true, .. } => MigrationOutcome::Discard,
+                Self { .. } => MigrationOutcome::Ask,
+            },
+        }
+    }
+}
+
 /// Where a VM is to go, and how.
 #[derive(Debug, Args)]
 pub(super) struct Migrate {
@@ -131,6 +157,9 @@ pub(super) struct Migrate {
     /// Allow it to go in the clear over a network
     #[arg(long)]
     insecure: bool,
+    /// Allow devices to go along that keep no log of what they write to memory, whatever that costs
+    #[arg(long)]
+    unlogged_dma: bool,
 }
 
 impl Migrate {
@@ -145,6 +174,7 @@ impl Migrate {
         data.connections = self.connections;
         data.tls_dir.clone_from(&self.tls_dir);
         data.insecure = self.insecure;
+        data.unlogged_dma = self.unlogged_dma;
         data
     }
 }

@@ -9,7 +9,7 @@ use std::time::Duration;
 use hyper::StatusCode;
 use indicatif::{HumanBytes, ProgressBar, ProgressStyle};
 use vmm::api::body::SendMigrationData;
-use vmm::control::{MigrationProgress, OperationKind};
+use vmm::control::{MigrationProgress, OperationKind, Phase};
 
 use super::client::{Client, RemoteError};
 
@@ -64,7 +64,7 @@ fn progress(client: &mut Client) -> Option<MigrationProgress> {
 
 /// What the failure of the request means for the VM.
 fn end_of(error: anyhow::Error, last: Option<MigrationProgress>) -> anyhow::Error {
-    let last = last.filter(|progress| progress.phase.is_end());
+    let last = last.filter(|progress| progress.phase.is_end() || progress.phase == Phase::InDoubt);
     match (error.downcast::<RemoteError>(), last) {
         (
             Ok(RemoteError::Refused {

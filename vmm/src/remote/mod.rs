@@ -62,6 +62,7 @@ fn ask(socket: &Path, verb: &Verb) -> anyhow::Result<()> {
         Verb::Cancel => Ok(vmm
             .send(Method::DELETE, "vm.migration", Bytes::new())
             .map(drop)?),
+        Verb::Resolve(resolve) => vmm.put_json("vm.resolve-migration", &resolve.body()),
         Verb::Migrate(_) => Ok(()),
     }
 }

@@ -28,8 +28,9 @@ impl BuiltIn {
     }
 }
 
-impl From<&DiskConfig> for BuiltIn {
-    fn from(disk: &DiskConfig) -> Self {
+impl BuiltIn {
+    /// A disk, which is still in use elsewhere if it is `incoming`.
+    pub(super) fn of_disk(disk: &DiskConfig, incoming: bool) -> Self {
         // Each field has to be passed on.
         let DiskConfig {
             id,
@@ -45,6 +46,7 @@ impl From<&DiskConfig> for BuiltIn {
         arguments.push(argument("--path", path));
         arguments.extend(readonly.then(|| "--readonly".into()));
         arguments.extend(direct.then(|| "--direct".into()));
+        arguments.extend(incoming.then(|| "--incoming".into()));
         arguments.extend(number("--num-queues", *num_queues));
         arguments.extend(number("--queue-size", *queue_size));
         arguments.extend(serial.as_ref().map(|serial| argument("--serial", serial)));

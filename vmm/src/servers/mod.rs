@@ -95,9 +95,11 @@ pub(crate) struct Device {
     pub(crate) connection: UnixStream,
 }
 
-/// Starts the servers of all built-in devices, in the order of their places on the bus.
-pub(crate) fn start(config: &VmConfig) -> Result<Vec<Starting>, ServerError> {
-    let disks = config.disks.iter().map(BuiltIn::from);
+/// Starts the servers of all built-in devices, in the order of their places on the bus. If the VM is `incoming`, another
+/// VMM's servers have its disks until it runs here.
+pub(crate) fn start(config: &VmConfig, incoming: bool) -> Result<Vec<Starting>, ServerError> {
+    let disk = |disk| BuiltIn::of_disk(disk, incoming);
+    let disks = config.disks.iter().map(disk);
     let nets = config.nets.iter().map(BuiltIn::from);
     disks.chain(nets).map(Starting::new).collect()
 }

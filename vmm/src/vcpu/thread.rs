@@ -11,7 +11,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{self, Receiver, Sender};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use libc::{c_int, c_void, siginfo_t};
 use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
@@ -70,6 +70,13 @@ impl VcpuThread {
     pub(crate) fn pause(&self) {
         self.gate.want(Wanted::Pause);
         self.kick();
+    }
+
+    /// Holds the vCPU for a while, if it runs. It is not paused by that.
+    pub(crate) fn nap(&self, length: Duration) {
+        if self.gate.nap(length) {
+            self.kick();
+        }
     }
 
     /// Tells whether the vCPU is paused.
@@ -183,6 +190,8 @@ pub(crate) struct Gate {
 struct GateState {
     wanted: Wanted,
     parked: Option<Parked>,
+    /// How long the vCPU is to be held, although it is wanted to run.
+    nap: Option<Duration>,
     /// Who waits for the vCPU's state.
     save: Option<Sender<Result<VcpuState, VcpuError>>>,
 }
@@ -205,6 +214,17 @@ impl Gate {
         self.changed.notify_all();
     }
 
+    /// Has a vCPU that runs stand still for a while, and says whether it is to be kicked for that.
+    fn nap(&self, length: Duration) -> bool {
+        let mut state = self.state();
+        let runs = state.wanted == Wanted::Run && state.parked.is_none();
+        if runs {
+            state.nap = Some(length);
+            self.interrupted.store(true, Ordering::Release);
+        }
+        runs
+    }
+
     fn interrupted(&self) -> bool {
         self.interrupted.load(Ordering::Acquire)
     }
@@ -213,6 +233,18 @@ impl Gate {
     /// those who ask.
     fn park(&self, parked: Parked, save: impl Fn() -> Result<VcpuState, VcpuError>) -> Wanted {
         let mut state = self.state();
+        if parked == Parked::Paused
+            && let Some(nap) = state.nap.take()
+        {
+            let sleeps = |state: &mut GateState| state.wanted == Wanted::Run;
+            let slept = self.changed.wait_timeout_while(state, nap, sleeps);
+            (state, _) = slept.unwrap_or_else(PoisonError::into_inner);
+            if state.wanted == Wanted::Run {
+                self.interrupted
+                    .store(state.nap.is_some(), Ordering::Release);
+                return Wanted::Run;
+            }
+        }
         state.parked = Some(parked);
         self.changed.notify_all();
         loop {

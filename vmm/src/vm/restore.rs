@@ -2,12 +2,12 @@
 
 use std::io;
 
-use super::{Surroundings, Vm, VmError};
+use super::{Origin, Surroundings, Vm, VmError};
 use crate::clock::TimeAway;
 use crate::config::{ConfigError, VmConfig};
 use crate::cpu_profile::{self, CpuProfile, HostCpu};
 use crate::kvm::{self, KvmError};
-use crate::machine::state::{MachineState, StateError};
+use crate::machine::state::{Description, MachineState, StateError};
 use crate::snapshot::{Snapshot, SnapshotError};
 
 /// Why a VM cannot be restored.
@@ -39,11 +39,7 @@ impl Vm {
         surroundings: &Surroundings,
         progress: &(impl Fn(u64) -> io::Result<()> + Sync),
     ) -> Result<Self, RestoreError> {
-        let saved = &snapshot.machine;
-        config.validate()?;
-        expect_none(&compare_cpu(config, &saved.cpu)?)?;
-        let mut vm = Self::assemble(config, Some(&saved.cpu), surroundings)?;
-        expect_none(&vm.machine.compare(saved))?;
+        let mut vm = Self::like(&snapshot.machine, config, Origin::Saved, surroundings)?;
         snapshot.load_ram(&vm.machine.memory, progress)?;
         let pci = vm.machine.pci.restore(&snapshot.state.pci);
         pci.map_err(StateError::from)?;
@@ -52,8 +48,23 @@ impl Vm {
         Ok(vm)
     }
 
+    /// Makes a VM like one that was described, which takes over the state of that one. Its devices run.
+    pub(crate) fn like(
+        saved: &Description,
+        config: &VmConfig,
+        origin: impl FnOnce(CpuProfile) -> Origin,
+        surroundings: &Surroundings,
+    ) -> Result<Self, RestoreError> {
+        config.validate()?;
+        check_memory(config.memory.size)?;
+        expect_none(&compare_cpu(config, &saved.cpu)?)?;
+        let vm = Self::assemble(config, origin(saved.cpu.clone()), surroundings)?;
+        expect_none(&vm.machine.compare(saved))?;
+        Ok(vm)
+    }
+
     /// Takes over the state of what is neither RAM nor a device.
-    fn take_platform(
+    pub(crate) fn take_platform(
         &mut self,
         mut state: MachineState,
         time_away: TimeAway,
@@ -86,6 +97,23 @@ impl Vm {
         }
         Ok(())
     }
+}
+
+/// Whether this host could have so much RAM for a guest, in bytes. What is said of another VM may be wrong, and what is made
+/// for it takes memory before the first byte of RAM is there.
+fn check_memory(size: u64) -> Result<(), RestoreError> {
+    let host = rustix::system::sysinfo();
+    let unit = u64::from(host.mem_unit);
+    let available = host
+        .totalram
+        .saturating_add(host.totalswap)
+        .saturating_mul(unit);
+    if size > available {
+        let what =
+            format!("it has {size} bytes of RAM, and this host {available}, with its swap space");
+        return Err(RestoreError::Mismatch(what));
+    }
+    Ok(())
 }
 
 /// In what this host's CPUs are less than the saved VM's.

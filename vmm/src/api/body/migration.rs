@@ -8,8 +8,8 @@ use utoipa::ToSchema;
 
 use super::rest::Rest;
 use crate::control::{
-    self, ControlError, DevicePlaces, Operation, ReceiveRequest, RestoreRequest, SendRequest,
-    SnapshotRequest, snapshot_directory,
+    self, ControlError, DevicePlaces, Operation, ReceiveRequest, Resolution, RestoreRequest,
+    SendRequest, SnapshotRequest, snapshot_directory,
 };
 
 /// Most connections that memory is sent over.
@@ -86,6 +86,10 @@ pub struct SendMigrationData {
     /// Whether it may go in the clear over a network.
     #[serde(default)]
     pub insecure: bool,
+    /// Whether devices may go along that keep no log of what they write to memory. The guest then stands still while all
+    /// of its memory is sent, however much longer than `downtime_ms` that takes.
+    #[serde(default)]
+    pub unlogged_dma: bool,
     /// Memory is always sent before the guest runs there.
     #[serde(default)]
     pub memory_mode: MemoryMode,
@@ -115,6 +119,39 @@ pub struct ReceiveMigrationData {
     #[serde(flatten, skip_serializing)]
     #[cfg_attr(test, schema(ignore))]
     rest: Rest,
+}
+
+/// What is to become of a VM whose migration is in doubt.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(ToSchema))]
+pub enum MigrationOutcome {
+    /// What the other end says, which is asked.
+    #[default]
+    Ask,
+    /// It runs here: it does not at the other end, and never will.
+    Run,
+    /// It is gone from here.
+    Discard,
+}
+
+/// Says what is to become of a VM whose migration is in doubt.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(ToSchema))]
+#[serde(deny_unknown_fields)]
+pub struct ResolveMigrationData {
+    /// What is to become of it.
+    #[serde(default)]
+    pub outcome: MigrationOutcome,
+}
+
+impl From<ResolveMigrationData> for Resolution {
+    fn from(data: ResolveMigrationData) -> Self {
+        match data.outcome {
+            MigrationOutcome::Ask => Self::Ask,
+            MigrationOutcome::Run => Self::Run,
+            MigrationOutcome::Discard => Self::Discard,
+        }
+    }
 }
 
 /// When memory is sent.
@@ -199,6 +236,7 @@ impl SendMigrationData {
             connections: connections(),
             tls_dir: None,
             insecure: false,
+            unlogged_dma: false,
             memory_mode: MemoryMode::Precopy,
             rest: Rest::default(),
         }
@@ -271,6 +309,7 @@ impl TryFrom<SendMigrationData> for Operation {
             },
             tls_dir: data.tls_dir.map(Into::into),
             insecure: data.insecure,
+            unlogged_dma: data.unlogged_dma,
         }))
     }
 }

@@ -12,8 +12,8 @@ use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
 pub use self::migration::{
-    DeviceOverride, MemoryMode, MemoryRestoreMode, ReceiveMigrationData, RestoreConfig,
-    SendMigrationData, SnapshotConfig, TimeoutStrategy,
+    DeviceOverride, MemoryMode, MemoryRestoreMode, MigrationOutcome, ReceiveMigrationData,
+    ResolveMigrationData, RestoreConfig, SendMigrationData, SnapshotConfig, TimeoutStrategy,
 };
 pub use self::rest::Rest;
 pub use self::vm::{

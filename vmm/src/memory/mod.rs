@@ -3,6 +3,8 @@
 //! A region is mapped once and never split, punched or mapped again while the VM lives, so that a device may hold it
 //! for as long as it likes, and it is one memory slot, so that devices' views and the guest's are laid out alike.
 
+pub(crate) mod written;
+
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::io;
@@ -75,7 +77,8 @@ type RamRegion = GuestRegionMmap<AtomicBitmap>;
 /// Guest RAM.
 #[derive(Debug)]
 pub(crate) struct Memory {
-    _slots: Vec<Slot>,
+    /// One for each region of RAM.
+    slots: Vec<Slot>,
     ram: Ram,
     hugepages: bool,
 }
@@ -93,10 +96,26 @@ impl Memory {
             .map_err(MemoryError::Slot)?;
         let ram = Ram::from_arc_regions(regions).map_err(|_| MemoryError::Layout)?;
         Ok(Self {
-            _slots: slots,
+            slots,
             ram,
             hugepages: config.hugepages,
         })
+    }
+
+    /// RAM that no VM has.
+    #[cfg(test)]
+    pub(crate) fn without_kvm(size: u64) -> Self {
+        let config = MemoryConfig {
+            size,
+            hugepages: false,
+            prefault: false,
+        };
+        let regions = ranges(size).map(|(start, size)| region(start, size, &config).unwrap());
+        Self {
+            slots: Vec::new(),
+            ram: Ram::from_regions(regions.collect()).unwrap(),
+            hugepages: false,
+        }
     }
 
     /// The RAM itself.

@@ -1,0 +1,132 @@
+//! The connections that guest RAM takes, at the source: one or more, and a stripe of RAM always takes the same.
+
+use std::io;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::thread;
+
+use super::ram::{self, Buffer, Sent};
+use super::stream::{ConnectError, Route, Stream};
+use super::wire::{self, Kind, MigrationId, Role};
+use crate::control::Task;
+use crate::machine::Machine;
+use crate::memory::written::{Pages, WriteLog};
+
+/// The connections.
+#[derive(Debug)]
+pub(super) struct Lanes(Vec<Mutex<Lane>>);
+
+#[derive(Debug)]
+struct Lane {
+    stream: Stream,
+    buffer: Buffer,
+}
+
+/// Pages to be sent.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Load<'a> {
+    pub(super) machine: &'a Machine,
+    pub(super) pages: &'a Pages,
+    /// Whether the destination's RAM has nothing in it yet.
+    pub(super) fresh: bool,
+    /// The log in which the pages are to come again when they are written from now on; none if nobody writes any more.
+    pub(super) log: Option<&'a WriteLog<'a>>,
+    /// How many bytes of contents are enough.
+    pub(super) limit: u64,
+}
+
+impl Lanes {
+    /// Opens so many.
+    pub(super) fn open(
+        route: &Route,
+        id: MigrationId,
+        count: u8,
+        task: &Task,
+    ) -> Result<Self, ConnectError> {
+        let open = |_| {
+            let mut stream = route.connect(task.cancel())?;
+            wire::say_hello(&mut stream, Role::Memory, id)
+                .map_err(|source| route.failed(source))?;
+            let buffer = Buffer::new();
+            Ok(Mutex::new(Lane { stream, buffer }))
+        };
+        (0..count).map(open).collect::<Result<_, _>>().map(Self)
+    }
+
+    /// Sends pages, over all of them at the same time, and tells `task` of each piece.
+    pub(super) fn send(&self, load: &Load<'_>, task: &Task) -> io::Result<Sent> {
+        let busy: Vec<_> = (0..self.0.len())
+            .filter(|index| self.stripes_of(*index, load.pages).next().is_some())
+            .collect();
+        // A thread takes as long to start as a few pages to send.
+        let Some((first, others)) = busy.split_first() else {
+            return Ok(Sent::default());
+        };
+        thread::scope(|scope| {
+            let others: Vec<_> = others
+                .iter()
+                .map(|index| scope.spawn(move || self.send_by(*index, load, task)))
+                .collect();
+            let sent = self.send_by(*first, load, task);
+            others.into_iter().fold(sent, |all, thread| {
+                let failed = |_| Err(io::Error::other("a thread that sends memory has failed"));
+                let sent = thread.join().unwrap_or_else(failed);
+                Ok(all? + sent?)
+            })
+        })
+    }
+
+    fn send_by(&self, index: usize, load: &Load<'_>, task: &Task) -> io::Result<Sent> {
+        let Some(mut lane) = self.0.get(index).map(lock) else {
+            return Ok(Sent::default());
+        };
+        let Lane { stream, buffer } = &mut *lane;
+        let regions: Vec<_> = load.machine.memory.regions().collect();
+        let mut all = Sent::default();
+        for (number, stripe, words) in self.stripes_of(index, load.pages) {
+            let Some(region) = regions.get(number) else {
+                break;
+            };
+            if let Some(log) = load.log {
+                let first = usize::try_from(stripe).unwrap_or(usize::MAX) * words.len();
+                log.clear(number, first, &words).map_err(io::Error::other)?;
+            }
+            let sent = ram::send_stripe(stream, region, stripe, &words, load.fresh, buffer)?;
+            all = all + sent;
+            task.update(|progress| {
+                progress.copied_bytes += sent.bytes();
+                progress.remaining_bytes =
+                    progress.remaining_bytes.saturating_sub(ram::size(&words));
+            });
+            if all.bytes() >= load.limit {
+                break;
+            }
+        }
+        Ok(all)
+    }
+
+    /// The stripes that a lane takes: the number of their region, their own, and which of their pages are wanted.
+    fn stripes_of<'p>(
+        &self,
+        index: usize,
+        pages: &'p Pages,
+    ) -> impl Iterator<Item = (usize, u64, ram::Words)> + 'p {
+        let lanes = self.0.len() as u64;
+        let regions = pages.regions().iter().enumerate();
+        regions.flat_map(move |(number, pages)| {
+            ram::stripes(pages)
+                .filter(move |(stripe, _)| stripe % lanes == index as u64)
+                .map(move |(stripe, words)| (number, stripe, words))
+        })
+    }
+
+    /// Says that nothing more comes.
+    pub(super) fn end(&self) -> io::Result<()> {
+        self.0
+            .iter()
+            .try_for_each(|lane| wire::send(&mut lock(lane).stream, Kind::PagesEnd, &[]))
+    }
+}
+
+fn lock(lane: &Mutex<Lane>) -> MutexGuard<'_, Lane> {
+    lane.lock().unwrap_or_else(PoisonError::into_inner)
+}
