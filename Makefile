@@ -12,8 +12,10 @@ SKIPPED := $(CURDIR)/target/skipped-tests
 SAY_SKIPPED = sort -u $(SKIPPED) | cut -f 1 | uniq -c | while read -r count reason; do \
     echo "SKIPPED: $$count tests: $$reason"; done
 RELEASE := target/release
-QEMU ?= $(shell command -v qemu-system-x86_64)
-PROGRAMS := --package vmm --bin outrigger --package tests --bin lab-cases --bin bench
+# What `make bench` compares with: QEMU 11.1 where `make peer` has fetched it, for it is a vfio-user client.
+PEER_CLOUD_HYPERVISOR ?=
+PEER_QEMU ?= $(firstword $(wildcard target/lab/qemu-peer/qemu) $(shell command -v qemu-system-x86_64))
+PROGRAMS := --package vmm --bin outrigger --package tests --bin lab-cases
 
 .PHONY: help demo test test-iommufd unit unit-tests lab soak vf peer setup programs bench lint clean
 
@@ -77,9 +79,10 @@ unit-tests: setup
 	@program=$$($(CARGO) test --package vmm --lib --no-run --locked --message-format=json-render-diagnostics | \
 	    sed -n 's/.*"executable":"\([^"]*\)".*/\1/p') && cp "$$program" target/lab/unit-tests
 
-bench: programs ## Measures start-up, memory and disks, beside QEMU; CLOUD_HYPERVISOR=PATH is measured, too
-	$(RELEASE)/bench --outrigger $(RELEASE)/outrigger \
-	    $(if $(CLOUD_HYPERVISOR),--cloud-hypervisor $(CLOUD_HYPERVISOR)) $(if $(QEMU),--qemu $(QEMU))
+bench: ## Measures Outrigger beside its peers, and writes target/bench/report.html; PEER_CLOUD_HYPERVISOR=, PEER_QEMU=, QUICK=1, ONLY=
+	$(CARGO) build --release --locked --package vmm --bin outrigger --package tests --bin bench
+	$(RELEASE)/bench run --outrigger $(RELEASE)/outrigger $(if $(QUICK),--quick) $(addprefix --only ,$(ONLY)) \
+	    $(if $(PEER_CLOUD_HYPERVISOR),--cloud-hypervisor $(PEER_CLOUD_HYPERVISOR)) $(if $(PEER_QEMU),--qemu $(PEER_QEMU))
 
 lint: ## Checks the format, the lints and the documentation
 	$(CARGO) fmt --all --check

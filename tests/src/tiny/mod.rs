@@ -3,12 +3,15 @@
 //! They run in 32-bit protected mode without paging, and on any KVM, one that only emulates included.
 
 pub mod disk;
+mod pci;
 mod virtio;
 
 use std::io::Write;
 use std::ops::{Deref, DerefMut};
 
-use iced_x86::code_asm::{CodeAssembler, CodeLabel, al, ds, dword_ptr, dx, eax, edx, esp, ptr, ss};
+use iced_x86::code_asm::{
+    CodeAssembler, CodeLabel, al, cs, ds, dword_ptr, dx, eax, edx, esp, ptr, ss, word_ptr,
+};
 use iced_x86::{BlockEncoderOptions, IcedError};
 use tempfile::NamedTempFile;
 
@@ -128,6 +131,16 @@ impl Code {
     /// Writes to a physical address.
     pub fn store(&mut self, address: u32, value: u32) -> Result<(), IcedError> {
         self.mov(dword_ptr(address), value)
+    }
+
+    /// Has interrupts of this vector reach their handler, and no others, also where a firmware or another VMM than
+    /// Outrigger has loaded the guest.
+    pub fn silence_firmware(&mut self, vector: u8) -> Result<(), IcedError> {
+        // A firmware may have left interrupts of its own behind it.
+        self.outb(0x21, 0xff)?;
+        self.outb(0xa1, 0xff)?;
+        // Whoever loads the guest chooses the code segment. The gate is to have the same.
+        self.mov(word_ptr(INTERRUPT_TABLE + u32::from(vector) * 8 + 2), cs)
     }
 
     /// Switches the local APIC on and allows interrupts.

@@ -1,16 +1,15 @@
 //! A driver of a virtio disk, in a few hundred instructions: what a kernel's driver does, by interrupts and with event
 //! index and indirect descriptors, and nothing else.
 //!
-//! Outrigger and other VMMs can run it: it finds the disk by the ports of configuration space, wherever it is on bus 0,
-//! and its registers wherever the capabilities say.
+//! Outrigger and other VMMs can run it: it finds the disk wherever it is on bus 0, and its registers wherever the
+//! capabilities say.
 
 use iced_x86::IcedError;
 use iced_x86::code_asm::{
-    AsmMemoryOperand, CodeLabel, al, byte_ptr, cs, cx, dword_ptr, dx, eax, ebx, ecx, edi, edx, esi,
-    esp, ptr, word_ptr,
+    CodeLabel, al, byte_ptr, cx, dword_ptr, dx, eax, ebx, ecx, edi, edx, esi, esp, ptr, word_ptr,
 };
 
-use super::{Code, INTERRUPT_TABLE, LOCAL_APIC, SCRATCH, STACK};
+use super::{Code, LOCAL_APIC, SCRATCH, STACK};
 
 /// How many entries the queue has.
 pub(super) const QUEUE_SIZE: u16 = 256;
@@ -38,16 +37,8 @@ const VECTOR: u8 = 0x50;
 
 /// Vendor and device id of a modern virtio disk.
 const DISK: u32 = 0x1042_1af4;
-/// What CONFIG_ADDRESS has for device 0 on bus 0, and for the one behind the last of that bus.
-const FIRST: u32 = 0x8000_0000;
-const LAST: u32 = 0x8001_0000;
-const CONFIG_ADDRESS: u32 = 0xcf8;
-const CONFIG_DATA: u32 = 0xcfc;
 /// Memory space, bus master, and no INTx.
 const COMMAND: u32 = 0x406;
-/// Where BAR 0 goes if it is above 4 GiB, out of the guest's reach, or nowhere; the next one 1 MiB behind it.
-const REACHABLE: u32 = 0xd000_0000;
-
 /// Features of the lower half: flush, indirect descriptors and event index.
 const FEATURES: u32 = 1 << 9 | 1 << 28 | 1 << 29;
 
@@ -55,12 +46,8 @@ impl Code {
     /// Finds the disk and gets it ready. Goes to `fails` if there is none, or it is not what the driver needs. Of the
     /// registers, only ESP is of use then.
     pub(super) fn start_disk(&mut self, fails: CodeLabel) -> Result<(), IcedError> {
-        // A firmware may have left interrupts of its own behind it.
-        self.outb(0x21, 0xff)?;
-        self.outb(0xa1, 0xff)?;
-        // Whoever loads the guest chooses the code segment. The gate is to have the same.
-        self.mov(word_ptr(INTERRUPT_TABLE + u32::from(VECTOR) * 8 + 2), cs)?;
-        self.find_disk(fails)?;
+        self.silence_firmware(VECTOR)?;
+        self.find_device(DISK, fails)?;
         self.walk_capabilities()?;
         self.select_config(4)?;
         self.in_(eax, dx)?;
@@ -78,41 +65,6 @@ impl Code {
         self.mov(esp, STACK)?;
         self.store(LOCAL_APIC + 0xb0, 0)?;
         self.jmp(dword_ptr(RESUME))
-    }
-
-    /// Gives EBX what CONFIG_ADDRESS has to be for the disk.
-    fn find_disk(&mut self, fails: CodeLabel) -> Result<(), IcedError> {
-        let (mut again, mut found) = (self.create_label(), self.create_label());
-        self.mov(ebx, FIRST)?;
-        self.set_label(&mut again)?;
-        self.select_config(0)?;
-        self.in_(eax, dx)?;
-        self.cmp(eax, DISK.cast_signed())?;
-        self.je(found)?;
-        self.add(ebx, 1 << 11)?;
-        self.cmp(ebx, LAST.cast_signed())?;
-        self.jne(again)?;
-        self.jmp(fails)?;
-        self.set_label(&mut found)
-    }
-
-    /// Selects a register of the disk's configuration space, for which DX is the port then.
-    fn select_config(&mut self, register: i32) -> Result<(), IcedError> {
-        self.select_config_of(ebx + register)
-    }
-
-    /// As [`Self::select_config`], for what CONFIG_ADDRESS has to be.
-    fn select_config_of(&mut self, address: AsmMemoryOperand) -> Result<(), IcedError> {
-        self.lea(eax, address)?;
-        self.mov(edx, CONFIG_ADDRESS)?;
-        self.out(dx, eax)?;
-        self.mov(edx, CONFIG_DATA)
-    }
-
-    /// Reads a register of the capability at ECX.
-    fn read_capability(&mut self, register: i32) -> Result<(), IcedError> {
-        self.select_config_of(ebx + ecx + register)?;
-        self.in_(eax, dx)
     }
 
     /// Notes where the registers are that the driver needs.
@@ -193,40 +145,6 @@ impl Code {
         self.mov(edi, eax)?;
         self.read_capability(8)?;
         self.add(eax, edi)
-    }
-
-    /// Gives EAX the address in BAR number EDI. One that has none yet, or is out of reach, is given one.
-    fn bar_address(&mut self) -> Result<(), IcedError> {
-        let [mut narrow, mut above, mut moved, mut known] =
-            std::array::from_fn(|_| self.create_label());
-        self.mov(eax, edi)?;
-        self.shl(eax, 20)?;
-        self.add(eax, REACHABLE.cast_signed())?;
-        self.push(eax)?;
-        self.lea(edi, ptr(ebx + edi * 4 + 0x10))?;
-        self.select_config_of(edi + 0)?;
-        self.in_(eax, dx)?;
-        self.test(eax, 4)?;
-        self.jz(narrow)?;
-        self.select_config_of(edi + 4)?;
-        self.in_(eax, dx)?;
-        self.test(eax, eax)?;
-        self.jnz(above)?;
-        self.select_config_of(edi + 0)?;
-        self.in_(eax, dx)?;
-        self.set_label(&mut narrow)?;
-        self.and(eax, !0xf)?;
-        self.jnz(known)?;
-        self.jmp(moved)?;
-        self.set_label(&mut above)?;
-        self.sub(eax, eax)?;
-        self.out(dx, eax)?;
-        self.set_label(&mut moved)?;
-        self.select_config_of(edi + 0)?;
-        self.mov(eax, dword_ptr(esp))?;
-        self.out(dx, eax)?;
-        self.set_label(&mut known)?;
-        self.add(esp, 4)
     }
 
     /// Virtio 1.2, 3.1.1, and 4.1.4.3 for the registers of the common configuration.

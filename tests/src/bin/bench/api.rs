@@ -8,29 +8,37 @@ use anyhow::anyhow;
 use tests::api::request;
 use tests::tiny;
 
+use crate::Bench;
+use crate::measurement::{Better, Definition, Measurement, Series};
 use crate::program::Running;
-use crate::{Arguments, percentile};
+use crate::programs::Guest;
+
+const LATENCY: Definition = Definition {
+    key: "api_latency_ms",
+    what: "vm.info over the API's socket, a new connection for each request",
+    unit: "ms",
+    better: Better::Less,
+    limit: None,
+    aims: &[],
+};
 
 const CLIENTS: usize = 32;
 const REQUESTS: usize = 100;
 
-/// Asks for `vm.info` while a guest runs, over a new connection each time.
-pub(crate) fn measure(arguments: &Arguments) -> anyhow::Result<()> {
+/// Asks for `vm.info` while a guest runs.
+pub(crate) fn measure(bench: &mut Bench) -> anyhow::Result<()> {
     let kernel = tiny::guest(|code| {
         code.print(b'x')?;
         code.halt()
     })?;
     let folder = tempfile::tempdir()?;
     let socket = folder.path().join("api.sock");
-    let command = [
-        arguments.outrigger.clone(),
-        "--kernel".into(),
-        kernel.path().to_owned(),
-        "--api-socket".into(),
-        socket.clone(),
-    ];
-    let mut vmm = Running::start(&command)?;
+    let guest = Guest::small(kernel.path(), &[]);
+    let mut command = bench.programs.outrigger(&guest);
+    command.arg("--api-socket").arg(&socket);
+    let mut vmm = Running::start(&mut command)?;
     vmm.wait_for(b'x', None)?;
+    ask(&socket)?;
     let alone = ask(&socket)?;
     let together = thread::scope(|scope| -> anyhow::Result<Vec<f64>> {
         let clients: Vec<_> = (0..CLIENTS).map(|_| scope.spawn(|| ask(&socket))).collect();
@@ -40,14 +48,17 @@ pub(crate) fn measure(arguments: &Arguments) -> anyhow::Result<()> {
         }
         Ok(all)
     })?;
-    println!("vm.info over the API's socket, a connection for each request");
-    println!("{:18} {:>12} {:>12}", "", "median ms", "99 % ms");
-    for (name, times) in [
+    for (case, times) in [
         ("1 client".to_owned(), alone),
         (format!("{CLIENTS} clients"), together),
     ] {
-        let [middle, high] = [50, 99].map(|percent| percentile(times.clone(), percent));
-        println!("{name:18} {middle:12.2} {high:12.2}");
+        bench.add(Measurement {
+            definition: &LATENCY,
+            case: Some(case),
+            ours: Series(times),
+            peers: Vec::new(),
+            limit: None,
+        });
     }
     Ok(())
 }

@@ -1,57 +1,131 @@
 //! How fast a disk is, and what it costs, beside QEMU's.
 //!
 //! A guest of a few hundred instructions drives the queue. Both VMMs run the same file, with the same image, one vCPU
-//! and one thread for the disk. A ratio is made of two runs, one right after the other, so that what else goes on in the
-//! machine disturbs few of them.
+//! and one thread for the disk.
 //!
 //! Outrigger's server is in a session of its own, which is a group of its own for the scheduler. On a busy machine that
 //! slows it down, whatever its priority: figures from there mean something with `kernel.sched_autogroup_enabled=0` only.
 
 use std::fs::File;
 use std::io::Write;
-use std::path::{Path, PathBuf};
+use std::path::Path;
+use std::process::Command;
+use std::time::Duration;
 
 use anyhow::Context;
 use tempfile::NamedTempFile;
 use tests::tiny::disk::{BEGIN, END, FAILED, Job, disk_guest};
 
+use crate::Bench;
+use crate::measurement::{Aim, Better, Definition};
 use crate::program::Running;
-use crate::{Arguments, percentile};
+use crate::programs::{Guest, QEMU};
+use crate::turns::{Results, Turns};
 
 /// Bytes of the image. All of it is in the page cache, where that is used.
 const SIZE: u64 = 1 << 29;
 
+/// Requests of one kind, and what is measured of them.
+struct Kind {
+    speed: Definition,
+    cpu: &'static str,
+    job: Job,
+}
+
 /// Requests of each kind: half a second's, more or less.
-const CASES: [(&str, Job); 6] = [
-    ("4 KiB random read, depth 1", short(false, 1, 20_000)),
-    ("4 KiB random read, depth 32", short(false, 32, 40_000)),
-    ("4 KiB random write, depth 1", short(true, 1, 20_000)),
-    ("4 KiB random write, depth 32", short(true, 32, 40_000)),
-    ("1 MiB sequential read", long(false, 2_000)),
-    ("1 MiB sequential write", long(true, 2_000)),
+static KINDS: [Kind; 6] = [
+    short(
+        "disk_read_4k_1_kiops",
+        &[],
+        "4 KiB random reads, 1 at a time",
+        false,
+        1,
+    ),
+    short(
+        "disk_read_4k_32_kiops",
+        FASTER,
+        "4 KiB random reads, 32 at a time",
+        false,
+        32,
+    ),
+    short(
+        "disk_write_4k_1_kiops",
+        &[],
+        "4 KiB random writes, 1 at a time",
+        true,
+        1,
+    ),
+    short(
+        "disk_write_4k_32_kiops",
+        FASTER,
+        "4 KiB random writes, 32 at a time",
+        true,
+        32,
+    ),
+    long("disk_read_1m_mib_s", "1 MiB sequential reads", false),
+    long("disk_write_1m_mib_s", "1 MiB sequential writes", true),
 ];
 
-const fn short(writes: bool, depth: u16, requests: u32) -> Job {
-    Job {
-        writes,
-        length: 4096,
-        depth,
-        requests,
-        random: true,
-        checked: false,
-        size: SIZE,
+const FASTER: &[Aim] = &[Aim::OfEachPeer(1.2)];
+
+const CPU: Definition = Definition {
+    key: "disk_cpu_us",
+    what: "CPU time for each request, of all processes together",
+    unit: "us",
+    better: Better::Less,
+    limit: None,
+    aims: &[],
+};
+
+const fn short(
+    key: &'static str,
+    aims: &'static [Aim],
+    what: &'static str,
+    writes: bool,
+    depth: u16,
+) -> Kind {
+    Kind {
+        speed: Definition {
+            key,
+            what,
+            unit: "thousand requests a second",
+            better: Better::More,
+            limit: None,
+            aims,
+        },
+        cpu: what,
+        job: Job {
+            writes,
+            length: 4096,
+            depth,
+            requests: if depth == 1 { 20_000 } else { 40_000 },
+            random: true,
+            checked: false,
+            size: SIZE,
+        },
     }
 }
 
-const fn long(writes: bool, requests: u32) -> Job {
-    Job {
-        writes,
-        length: 1 << 20,
-        depth: 1,
-        requests,
-        random: false,
-        checked: false,
-        size: SIZE,
+const fn long(key: &'static str, what: &'static str, writes: bool) -> Kind {
+    Kind {
+        speed: Definition {
+            key,
+            what,
+            unit: "MiB/s",
+            better: Better::More,
+            limit: None,
+            aims: &[],
+        },
+        cpu: what,
+        job: Job {
+            writes,
+            length: 1 << 20,
+            depth: 1,
+            requests: 2_000,
+            random: false,
+            checked: false,
+            size: SIZE,
+        },
     }
 }
 
@@ -59,61 +133,69 @@ const fn long(writes: bool, requests: u32) -> Job {
 #[derive(Clone, Copy, Debug)]
 struct Figures {
     time: f64,
-    /// CPU time of all processes, and of that what is not the guest's.
+    /// CPU time of all processes.
     cpu: f64,
-    device: f64,
 }
 
-pub(crate) fn measure(arguments: &Arguments) -> anyhow::Result<()> {
+pub(crate) fn measure(bench: &mut Bench) -> anyhow::Result<()> {
     let image = image()?;
-    println!();
-    println!(
-        "a disk: us of time and of CPU time for each request, and of that without the vCPU; medians of {} runs",
-        arguments.disk_runs
-    );
-    println!(
-        "QEMU's against Outrigger's: median and quartiles of the ratios, more than 1 if Outrigger takes less"
-    );
-    println!(
-        "{:39} {:^23} {:^23} {:^18} {:^18} {:^18}",
-        "", "outrigger", "QEMU", "time", "CPU", "without vCPU"
-    );
-    for direct in [false, true] {
-        for (name, mut job) in CASES {
-            let name = format!("{name}{}", if direct { ", direct" } else { "" });
-            let part = arguments.disk.as_deref().unwrap_or_default();
-            if !name.contains(part) {
-                continue;
-            }
-            if direct {
-                job.requests /= 4;
-            }
+    let mut costs = Vec::new();
+    for kind in &KINDS {
+        for direct in [false, true] {
             // What was written before does not go to the storage meanwhile.
             image.as_file().sync_all()?;
-            let kernel = disk_guest(&[job])?;
-            let outrigger = outrigger(&arguments.outrigger, kernel.path(), image.path(), direct);
-            let qemu = arguments
-                .qemu
-                .as_ref()
-                .map(|program| qemu(program, kernel.path(), image.path(), direct));
-            let (mut ours, mut theirs) = (Vec::new(), Vec::new());
-            for _ in 0..arguments.disk_runs {
-                ours.push(run(&outrigger, job.requests).context("cannot measure outrigger")?);
-                if let Some(qemu) = &qemu {
-                    theirs.push(run(qemu, job.requests).context("cannot measure QEMU")?);
+            let mut job = kind.job;
+            job.requests /= if direct { 4 } else { 1 };
+            job.requests /= if bench.quick { 4 } else { 1 };
+            let case = if direct { "direct" } else { "page cache" };
+            let results = run_both(bench, job, image.path(), direct)?;
+            let mut speed = results.measurement(&kind.speed, |run| {
+                if job.length == 4096 {
+                    1e3 / run.time
+                } else {
+                    1e6 / run.time
                 }
-            }
-            println!(
-                "{name:39} {} {} {} {} {}",
-                medians(&ours),
-                medians(&theirs),
-                ratio(&ours, &theirs, |run| run.time),
-                ratio(&ours, &theirs, |run| run.cpu),
-                ratio(&ours, &theirs, |run| run.device),
-            );
+            });
+            speed.case = Some(case.into());
+            bench.add(speed);
+            let mut cost = results.measurement(&CPU, |run| run.cpu);
+            cost.case = Some(format!("{}, {case}", kind.cpu));
+            costs.push(cost);
+            bench.failed(kind.speed.key, results.failures);
         }
     }
+    costs.into_iter().for_each(|cost| bench.add(cost));
     Ok(())
+}
+
+fn run_both(
+    bench: &Bench,
+    job: Job,
+    image: &Path,
+    direct: bool,
+) -> anyhow::Result<Results<Figures>> {
+    let kernel = disk_guest(&[job])?;
+    let guest = Guest::small(kernel.path(), &[]);
+    let mut ours = bench.programs.outrigger(&guest);
+    let option = if direct { ",direct=on" } else { "" };
+    let disk = format!("path={}{option}", image.display());
+    ours.args(["--disk", &disk]);
+    let mut turns = Turns::new(move || run(&mut ours, job.requests));
+    if let Some(mut theirs) = bench.programs.qemu(&guest) {
+        let cache = if direct { "none" } else { "writeback" };
+        theirs.args(["-name", "disk,debug-threads=on"]);
+        theirs.args(["-object", "iothread,id=thread", "-drive"]);
+        theirs.arg(format!(
+            "if=none,id=disk,format=raw,aio=io_uring,cache={cache},file={}",
+            image.display()
+        ));
+        theirs.args([
+            "-device",
+            "virtio-blk-pci,disable-legacy=on,drive=disk,iothread=thread,num-queues=1,queue-size=256",
+        ]);
+        turns.peer(QEMU, move || run(&mut theirs, job.requests));
+    }
+    turns.take(bench.rounds(11))
 }
 
 /// An image without holes, beside this program: other folders may be in memory alone.
@@ -129,72 +211,15 @@ fn image() -> anyhow::Result<NamedTempFile> {
     Ok(file)
 }
 
-fn outrigger(program: &Path, kernel: &Path, image: &Path, direct: bool) -> Vec<PathBuf> {
-    let direct = if direct { ",direct=on" } else { "" };
-    command(
-        program,
-        "--memory size=64M --serial tty --kernel KERNEL --disk DISK",
-        kernel,
-        &format!("path={}{direct}", image.display()),
-    )
-}
-
-fn qemu(program: &Path, kernel: &Path, image: &Path, direct: bool) -> Vec<PathBuf> {
-    let cache = if direct { "none" } else { "writeback" };
-    command(
-        program,
-        "-accel kvm -M q35 -bios qboot.rom -m 64M -nodefaults -no-user-config -display none -serial stdio -name disk,debug-threads=on \
-         -object iothread,id=thread -kernel KERNEL -drive DISK \
-         -device virtio-blk-pci,disable-legacy=on,drive=disk,iothread=thread,num-queues=1,queue-size=256",
-        kernel,
-        &format!(
-            "if=none,id=disk,format=raw,aio=io_uring,cache={cache},file={}",
-            image.display()
-        ),
-    )
-}
-
-fn command(program: &Path, words: &str, kernel: &Path, disk: &str) -> Vec<PathBuf> {
-    let words = words.split_ascii_whitespace().map(|word| match word {
-        "KERNEL" => kernel.to_owned(),
-        "DISK" => disk.into(),
-        word => word.into(),
-    });
-    [program.to_owned()].into_iter().chain(words).collect()
-}
-
-fn run(command: &[PathBuf], requests: u32) -> anyhow::Result<Figures> {
+fn run(command: &mut Command, requests: u32) -> anyhow::Result<Figures> {
     let mut program = Running::start(command)?;
     let begin = program.wait_for(BEGIN, Some(FAILED))?;
     let cpu_before = program.cpu_time()?;
     let end = program.wait_for(END, Some(FAILED))?;
     let cpu_after = program.cpu_time()?;
-    let each = |duration: std::time::Duration| duration.as_secs_f64() * 1e6 / f64::from(requests);
-    let cpu = cpu_after.all - cpu_before.all;
-    let vcpu = cpu_after.vcpu - cpu_before.vcpu;
+    let each = |duration: Duration| duration.as_secs_f64() * 1e6 / f64::from(requests);
     Ok(Figures {
         time: each(end - begin),
-        cpu: each(cpu),
-        device: each(cpu.saturating_sub(vcpu)),
+        cpu: each(cpu_after - cpu_before),
     })
-}
-
-fn medians(runs: &[Figures]) -> String {
-    let median = |of: fn(&Figures) -> f64| percentile(runs.iter().map(of).collect(), 50);
-    format!(
-        "{:7.1} {:7.1} {:7.1}",
-        median(|run| run.time),
-        median(|run| run.cpu),
-        median(|run| run.device)
-    )
-}
-
-fn ratio(ours: &[Figures], theirs: &[Figures], of: fn(&Figures) -> f64) -> String {
-    let ratios = ours
-        .iter()
-        .zip(theirs)
-        .map(|(ours, theirs)| of(theirs) / of(ours));
-    let ratios: Vec<_> = ratios.collect();
-    let [low, middle, high] = [25, 50, 75].map(|percent| percentile(ratios.clone(), percent));
-    format!("{middle:6.2} ({low:.2}..{high:.2})")
 }

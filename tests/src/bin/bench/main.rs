@@ -1,54 +1,142 @@
-//! `make bench`: what Outrigger costs, beside its peers where they are given.
+//! `make bench`: where Outrigger stands, in one table, beside its peers where they are given.
 //!
-//! The programs run the same tiny guests, and take turns, so that what else goes on in the machine disturbs all alike.
+//! Every claim of speed is a ratio measured in one run: against a peer that runs the same tiny guest, or against the
+//! limit that the kernel sets. Whoever is compared takes turns with the others, so that what else goes on in the machine
+//! disturbs all alike. There is a module for each family of measurements.
 
+mod accesses;
 mod api;
+mod bare;
+mod device;
 mod disk;
+mod measurement;
+mod placement;
 mod program;
+mod programs;
+mod report;
 mod start;
+mod turns;
 
 use std::path::PathBuf;
+use std::process::ExitCode;
 
 use clap::Parser;
 
-/// Measures start-up and memory, the control API, and the speed of disks.
+use self::measurement::Measurement;
+use self::programs::Programs;
+use self::report::{Machine, Report};
+
+/// Measures Outrigger beside its peers.
 #[derive(Debug, Parser)]
-struct Arguments {
+enum Arguments {
+    /// Measures, and writes a report
+    Run(Run),
+    /// Is the least that a VMM can be, with a tiny guest and the bench's own device
+    #[command(hide = true)]
+    BareVmm { kernel: PathBuf, socket: PathBuf },
+}
+
+#[derive(Debug, clap::Args)]
+struct Run {
     /// The release build of outrigger
     #[arg(long)]
     outrigger: PathBuf,
     /// A cloud-hypervisor to compare with
     #[arg(long)]
     cloud_hypervisor: Option<PathBuf>,
-    /// A qemu-system-x86_64 to compare with
+    /// A qemu-system-x86_64 to compare with: 11.1 for vfio-user, any for the rest
     #[arg(long)]
     qemu: Option<PathBuf>,
-    /// How often each program is started
-    #[arg(long, default_value_t = 50)]
-    runs: usize,
-    /// How often each kind of I/O is measured
-    #[arg(long, default_value_t = 11)]
-    disk_runs: usize,
-    /// Measure only the I/O with this in its name
+    /// Measure a few times only, which takes less than three minutes
     #[arg(long)]
-    disk: Option<String>,
+    quick: bool,
+    /// Measure only this family; may be repeated
+    #[arg(long)]
+    only: Vec<String>,
+    /// The folder for the report
+    #[arg(long, default_value = "target/bench")]
+    report: PathBuf,
 }
 
-fn main() -> anyhow::Result<()> {
-    let arguments = Arguments::parse();
-    if arguments.runs > 0 {
-        start::measure(&arguments)?;
-        api::measure(&arguments)?;
-    }
-    if arguments.disk_runs > 0 {
-        disk::measure(&arguments)?;
-    }
-    Ok(())
+/// What is measured, in the order of the report.
+const FAMILIES: [(&str, Family); 4] = [
+    ("start", start::measure),
+    ("accesses", accesses::measure),
+    ("api", api::measure),
+    ("disk", disk::measure),
+];
+
+type Family = fn(&mut Bench) -> anyhow::Result<()>;
+
+/// What measures need: the programs, and where to leave the results.
+struct Bench {
+    programs: Programs,
+    quick: bool,
+    report: Report,
 }
 
-/// The value below which so many percent of the others are.
-fn percentile(mut values: Vec<f64>, percent: usize) -> f64 {
-    values.sort_by(f64::total_cmp);
-    let index = values.len().saturating_sub(1) * percent / 100;
-    values.get(index).copied().unwrap_or(f64::NAN)
+impl Bench {
+    /// How often to do what is otherwise done so many times.
+    fn rounds(&self, many: usize) -> usize {
+        if self.quick {
+            many.div_ceil(8).max(3)
+        } else {
+            many
+        }
+    }
+
+    fn add(&mut self, measurement: Measurement) {
+        self.report.measurements.push(measurement);
+    }
+
+    /// Notes the peers that could not be measured.
+    fn failed(&mut self, key: &str, failures: Vec<(&'static str, anyhow::Error)>) {
+        for (peer, error) in failures {
+            self.report
+                .skipped
+                .push(format!("`{key}` of {peer}: {error:#}"));
+        }
+    }
+}
+
+fn main() -> anyhow::Result<ExitCode> {
+    let arguments = match Arguments::parse() {
+        Arguments::BareVmm { kernel, socket } => {
+            bare::run(&kernel, &socket)?;
+            return Ok(ExitCode::SUCCESS);
+        }
+        Arguments::Run(arguments) => arguments,
+    };
+    let programs = Programs::new(
+        arguments.outrigger,
+        arguments.cloud_hypervisor,
+        arguments.qemu,
+    )?;
+    let mut machine = Machine::this(arguments.quick)?;
+    let skipped = programs.describe(&mut machine)?;
+    let mut bench = Bench {
+        programs,
+        quick: arguments.quick,
+        report: Report {
+            machine,
+            measurements: Vec::new(),
+            skipped,
+        },
+    };
+    let mut status = ExitCode::SUCCESS;
+    for (name, measure) in FAMILIES {
+        if !arguments.only.is_empty() && !arguments.only.iter().any(|only| only == name) {
+            continue;
+        }
+        eprintln!("measuring: {name}");
+        if let Err(error) = measure(&mut bench) {
+            eprintln!("cannot measure {name}: {error:#}");
+            bench.report.skipped.push(format!("{name}: {error:#}"));
+            status = ExitCode::FAILURE;
+        }
+    }
+    bench.report.machine.finish()?;
+    bench.report.write(&arguments.report)?;
+    println!("{}", bench.report.table());
+    Ok(status)
 }

@@ -16,16 +16,15 @@ pub(crate) struct Running {
 }
 
 impl Running {
-    /// Starts a program with its arguments.
-    pub(crate) fn start(command: &[PathBuf]) -> anyhow::Result<Self> {
-        let (program, arguments) = command.split_first().context("no program")?;
+    /// Starts a program.
+    pub(crate) fn start(command: &mut Command) -> anyhow::Result<Self> {
         let started = Instant::now();
-        let mut child = Command::new(program)
-            .args(arguments)
+        let mut child = command
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
             .stderr(Stdio::null())
-            .spawn()?;
+            .spawn()
+            .with_context(|| format!("starting {}", command.get_program().display()))?;
         let output = child.stdout.take().context("no output")?;
         Ok(Self {
             child,
@@ -59,21 +58,14 @@ impl Running {
         PathBuf::from(format!("/proc/{}", self.child.id()))
     }
 
-    /// The CPU time that it and its children have taken.
-    pub(crate) fn cpu_time(&self) -> anyhow::Result<CpuTime> {
-        let mut sum = CpuTime::default();
-        for process in processes(self.child.id())? {
-            let folder = PathBuf::from(format!("/proc/{process}"));
-            sum.all += Stat::read(&folder)?.cpu_time;
-            for task in fs::read_dir(folder.join("task"))? {
-                // One that has just ended is no vCPU.
-                let stat = Stat::read(&task?.path()).unwrap_or_default();
-                if VCPUS.iter().any(|name| stat.name.starts_with(name)) {
-                    sum.vcpu += stat.cpu_time;
-                }
-            }
-        }
-        Ok(sum)
+    /// The CPU time that it and its children have taken, in user mode and in the kernel together.
+    pub(crate) fn cpu_time(&self) -> anyhow::Result<Duration> {
+        let processes = processes(self.child.id())?;
+        let times = processes.into_iter().map(|process| {
+            let stat = Stat::read(&PathBuf::from(format!("/proc/{process}")))?;
+            Ok(stat.cpu_time)
+        });
+        times.sum()
     }
 }
 
@@ -84,17 +76,6 @@ impl Drop for Running {
         let _ = self.child.wait();
     }
 }
-
-/// CPU time, in user mode and in the kernel together.
-#[derive(Clone, Copy, Debug, Default)]
-pub(crate) struct CpuTime {
-    pub(crate) all: Duration,
-    /// Of it, that of the thread which runs the guest.
-    pub(crate) vcpu: Duration,
-}
-
-/// What the threads that run guests are called, in Outrigger and in QEMU.
-const VCPUS: [&str; 2] = ["vcpu", "CPU "];
 
 /// A process and its descendants.
 fn processes(root: u32) -> anyhow::Result<Vec<u32>> {
@@ -116,10 +97,9 @@ fn processes(root: u32) -> anyhow::Result<Vec<u32>> {
     Ok(found)
 }
 
-/// What there is to know of a process or of a thread (proc_pid_stat(5)).
+/// What there is to know of a process (proc_pid_stat(5)).
 #[derive(Debug, Default)]
 struct Stat {
-    name: String,
     parent: u32,
     cpu_time: Duration,
 }
@@ -129,15 +109,14 @@ impl Stat {
         /// Ticks in a second, which is the same on all of today's machines: `USER_HZ`.
         const HZ: u32 = 100;
         let text = fs::read_to_string(folder.join("stat"))?;
-        let (head, fields) = text.rsplit_once(") ").context("a strange stat")?;
-        let (_, name) = head.split_once('(').context("a strange stat")?;
+        // The name before them may have anything in it.
+        let (_, fields) = text.rsplit_once(") ").context("a strange stat")?;
         let fields: Vec<_> = fields.split(' ').collect();
         let number = |field: usize| -> anyhow::Result<u32> {
             let text = fields.get(field - 3).context("a short stat")?;
             Ok(text.parse()?)
         };
         Ok(Self {
-            name: name.to_owned(),
             parent: number(4)?,
             cpu_time: Duration::from_secs(1) * (number(14)? + number(15)?) / HZ,
         })

@@ -1,133 +1,165 @@
-//! How long a start takes, and what the program then takes of the machine.
+//! How long a start takes, and what the VMM then takes of the machine.
 
-use std::collections::BTreeMap;
 use std::fs;
-use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::path::Path;
+use std::process::Command;
 
-use anyhow::Context;
+use ::tests::device_thread::DeviceThread;
+use ::tests::tiny;
 use tempfile::NamedTempFile;
-use tests::tiny;
 
+use crate::Bench;
+use crate::measurement::{Aim, Better, Definition};
 use crate::program::Running;
-use crate::{Arguments, percentile};
+use crate::programs::{CLOUD_HYPERVISOR, Guest, QEMU};
+use crate::turns::{Results, Turns};
+
+const BOOT: Definition = Definition {
+    key: "boot_first_output_ms",
+    what: "from the start of the process to its guest's first character, with 512 MiB of memory",
+    unit: "ms",
+    better: Better::Less,
+    limit: None,
+    aims: &[Aim::OfEachPeer(1.0)],
+};
+const BOOT_WITH_DISK: Definition = Definition {
+    key: "boot_with_disk_first_output_ms",
+    what: "the same with a disk",
+    ..BOOT
+};
+const PSS: Definition = Definition {
+    key: "vmm_pss_kib",
+    what: "the VMM's memory beyond the guest's 512 MiB, of what it shares its part only, with a vfio-user device",
+    unit: "KiB",
+    better: Better::Less,
+    limit: None,
+    aims: &[Aim::OfEachPeer(1.0)],
+};
+const THREADS: Definition = Definition {
+    key: "vmm_threads",
+    what: "the VMM's threads, with a vfio-user device",
+    unit: "threads",
+    better: Better::Less,
+    limit: None,
+    aims: &[],
+};
+const FDS: Definition = Definition {
+    key: "vmm_fds",
+    what: "the VMM's open files, with a vfio-user device",
+    unit: "files",
+    better: Better::Less,
+    limit: None,
+    aims: &[],
+};
+
+const MEBIBYTES: u32 = 512;
 
 /// What one run of a program showed.
-#[derive(Debug, Clone, Copy)]
+#[derive(Clone, Copy, Debug)]
 struct Figures {
-    start: Duration,
-    /// Resident and proportional memory beyond guest RAM, in KiB.
-    rss: u64,
-    pss: u64,
+    /// To the first character, in milliseconds.
+    start: f64,
+    pss_kib: u64,
     threads: usize,
     fds: usize,
 }
 
 /// Every program boots the same guest, which sends one character to its serial port and then waits.
-pub(crate) fn measure(arguments: &Arguments) -> anyhow::Result<()> {
+pub(crate) fn measure(bench: &mut Bench) -> anyhow::Result<()> {
     let kernel = tiny::guest(|code| {
         code.print(b'x')?;
         code.halt()
     })?;
+    let mut guest = Guest {
+        kernel: kernel.path(),
+        mebibytes: MEBIBYTES,
+        cpus: 1,
+        devices: &[],
+    };
+    let results = with_peers(bench, &guest, Smallest::Microvm, |_, _| {})?;
+    bench.add(results.measurement(&BOOT, |run| run.start));
+    bench.failed(BOOT.key, results.failures);
+
     let image = NamedTempFile::new()?;
     image.as_file().set_len(1 << 30)?;
-    let programs = programs(arguments, kernel.path(), image.path());
-    let mut results: BTreeMap<&str, Vec<Figures>> = BTreeMap::new();
-    for _ in 0..arguments.runs {
-        for (name, command) in &programs {
-            let figures = run(command).with_context(|| format!("cannot measure {name}"))?;
-            results.entry(*name).or_default().push(figures);
-        }
-    }
-    println!(
-        "a tiny PVH guest with one vCPU and 512 MiB; medians of {} runs",
-        arguments.runs
-    );
-    println!(
-        "{:18} {:>12} {:>12} {:>9} {:>9} {:>8} {:>5}",
-        "", "start ms", "(10 % to 90 %)", "RSS MiB", "PSS MiB", "threads", "fds"
-    );
-    for (name, _) in &programs {
-        let runs = results.remove(name).unwrap_or_default();
-        let values = |of: fn(&Figures) -> f64| runs.iter().map(of).collect();
-        let [low, middle, high] = [10, 50, 90]
-            .map(|percent| percentile(values(|run| run.start.as_secs_f64() * 1e3), percent));
-        let median = |of| percentile(values(of), 50);
-        println!(
-            "{name:18} {middle:12.2} {:>14} {:9.2} {:9.2} {:8} {:5}",
-            format!("{low:.2}..{high:.2}"),
-            median(|run| run.rss as f64 / 1024.0),
-            median(|run| run.pss as f64 / 1024.0),
-            median(|run| run.threads as f64),
-            median(|run| run.fds as f64),
-        );
-    }
-    for (name, given) in [
-        ("cloud-hypervisor", arguments.cloud_hypervisor.is_some()),
-        ("qemu", arguments.qemu.is_some()),
-    ] {
-        if !given {
-            println!("{name}: not measured; give its path");
-        }
-    }
+    let results = with_peers(bench, &guest, Smallest::Microvm, |name, command| {
+        add_disk(name, command, image.path());
+    })?;
+    bench.add(results.measurement(&BOOT_WITH_DISK, |run| run.start));
+    bench.failed(BOOT_WITH_DISK.key, results.failures);
+
+    let device = DeviceThread::demo()?;
+    let devices = [device.socket().to_owned()];
+    guest.devices = &devices;
+    let results = with_peers(bench, &guest, Smallest::Q35, |_, _| {})?;
+    bench.add(results.measurement(&PSS, |run| run.pss_kib as f64));
+    bench.add(results.measurement(&THREADS, |run| run.threads as f64));
+    bench.add(results.measurement(&FDS, |run| run.fds as f64));
+    bench.failed(PSS.key, results.failures);
     Ok(())
 }
 
-/// The programs to be measured, each with its arguments.
-fn programs(
-    arguments: &Arguments,
-    kernel: &Path,
-    image: &Path,
-) -> Vec<(&'static str, Vec<PathBuf>)> {
-    // One run's server may still have the image when the next one's starts.
-    let disk = format!("path={},readonly=on", image.display());
-    let command = |program: &Path, words: &str| {
-        let words = words.split(' ').map(|word| match word {
-            "KERNEL" => kernel.to_owned(),
-            "DISK" => PathBuf::from(&disk),
-            word => word.into(),
-        });
-        [program.to_owned()].into_iter().chain(words).collect()
+/// The smallest of QEMU's machines that will do.
+#[derive(Clone, Copy, Debug)]
+enum Smallest {
+    Microvm,
+    Q35,
+}
+
+/// Starts them all by turns, with what else each is to be told.
+fn with_peers(
+    bench: &Bench,
+    guest: &Guest<'_>,
+    smallest: Smallest,
+    add: impl Fn(&str, &mut Command),
+) -> anyhow::Result<Results<Figures>> {
+    let programs = &bench.programs;
+    let qemu = match smallest {
+        Smallest::Microvm => programs.qemu_microvm(guest),
+        Smallest::Q35 => programs.qemu(guest),
     };
-    let words = "--kernel KERNEL --memory size=512M --serial tty";
-    let mut programs = vec![
-        ("outrigger", command(&arguments.outrigger, words)),
-        (
-            "outrigger, a disk",
-            command(&arguments.outrigger, &format!("{words} --disk DISK")),
-        ),
-    ];
-    if let Some(program) = &arguments.cloud_hypervisor {
-        let words = "--kernel KERNEL --memory size=512M,shared=on --serial tty --console off";
-        programs.push(("cloud-hypervisor", command(program, words)));
+    let turn = |name: &str, mut command: Command| {
+        add(name, &mut command);
+        move || run(&mut command)
+    };
+    let mut turns = Turns::new(turn("", programs.outrigger(guest)));
+    if let Some(command) = programs.cloud_hypervisor(guest) {
+        turns.peer(CLOUD_HYPERVISOR, turn(CLOUD_HYPERVISOR, command));
     }
-    if let Some(program) = &arguments.qemu {
-        let words = "-M microvm,accel=kvm -m 512M -nodefaults -no-user-config -nographic -serial stdio -kernel KERNEL";
-        programs.push(("qemu microvm", command(program, words)));
+    if let Some(command) = qemu {
+        turns.peer(QEMU, turn(QEMU, command));
     }
-    programs
+    turns.take(bench.rounds(40))
+}
+
+/// A disk that is only read: one run's server may still have the image when the next one's starts.
+fn add_disk(name: &str, command: &mut Command, image: &Path) {
+    let image = image.display();
+    if name == QEMU {
+        let drive = format!("if=none,id=disk,format=raw,readonly=on,file={image}");
+        command.args(["-drive", &drive, "-device", "virtio-blk-device,drive=disk"]);
+    } else {
+        command.args(["--disk", &format!("path={image},readonly=on")]);
+    }
 }
 
 /// Starts a program, waits for its guest's first character, and looks at what it takes.
-fn run(command: &[PathBuf]) -> anyhow::Result<Figures> {
+fn run(command: &mut Command) -> anyhow::Result<Figures> {
     let mut program = Running::start(command)?;
     let start = program.wait_for(b'x', None)? - program.started;
     let process = program.folder();
-    let (rss, pss) = memory(&fs::read_to_string(process.join("smaps"))?);
     let count = |folder| fs::read_dir(process.join(folder)).map(Iterator::count);
     Ok(Figures {
-        start,
-        rss,
-        pss,
+        start: start.as_secs_f64() * 1e3,
+        pss_kib: pss_kib(&fs::read_to_string(process.join("smaps"))?),
         threads: count("task")?,
         fds: count("fd")?,
     })
 }
 
-/// Resident and proportional memory in KiB, without the mapping of guest RAM: the one that is as large as it.
-fn memory(smaps: &str) -> (u64, u64) {
-    const GUEST_RAM_KIB: u64 = 512 << 10;
-    let (mut rss, mut pss) = (0, 0);
+/// Proportional memory in KiB, without the mapping of guest RAM: the one that is as large as it.
+fn pss_kib(smaps: &str) -> u64 {
+    let mut pss = 0;
     let mut is_ram = false;
     for line in smaps.lines() {
         let mut words = line.split_ascii_whitespace();
@@ -138,11 +170,32 @@ fn memory(smaps: &str) -> (u64, u64) {
             continue;
         };
         match key {
-            "Size:" => is_ram = kib >= GUEST_RAM_KIB,
-            "Rss:" if !is_ram => rss += kib,
+            "Size:" => is_ram = kib >= u64::from(MEBIBYTES) << 10,
             "Pss:" if !is_ram => pss += kib,
             _ => {}
         }
     }
-    (rss, pss)
+    pss
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn guest_memory_is_not_the_vmms() {
+        let smaps = "\
+7f0000000000-7f0020000000 rw-s 00000000 00:01 1 /memfd:ram
+Size:             524288 kB
+Rss:                 100 kB
+Pss:                  50 kB
+7f0020000000-7f0020001000 rw-p 00000000 00:00 0
+Size:                  8 kB
+Pss:                   4 kB
+7f0020001000-7f0020002000 rw-p 00000000 00:00 0 [stack]
+Size:                 12 kB
+Pss:                   3 kB
+";
+        assert_eq!(pss_kib(smaps), 7);
+    }
 }

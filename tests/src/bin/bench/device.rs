@@ -1,0 +1,120 @@
+//! The device whose accesses, doorbell and interrupt are measured: all that it does is to answer.
+//!
+//! It is served by the bench itself, to whatever VMM is measured.
+
+use std::io;
+use std::sync::atomic::Ordering;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use tests::device_thread::{DeviceThread, IDS};
+use tests::tiny::SCRATCH;
+use vfio_user_server::{Bar, Description, Device, Doorbell, Host, Ids, MsixTable};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
+
+use crate::placement;
+
+/// Vendor and device id, as configuration space has them.
+pub(crate) const DEVICE: u32 = (IDS.device as u32) << 16 | IDS.vendor as u32;
+/// A register in configuration space that belongs to nothing, so that no VMM knows what it is without asking.
+pub(crate) const CONFIG: u16 = 0xf0;
+/// Where BAR 0 has the doorbell.
+pub(crate) const DOORBELL: u64 = 0x800;
+/// Where BAR 0 has the register that takes a number: so many interrupts are sent.
+pub(crate) const START: u64 = 0x10;
+/// The MSI-X capability, and the table in BAR 1.
+pub(crate) const MSIX: u16 = 0x40;
+/// The interrupt, as the guest sees it.
+pub(crate) const VECTOR: u8 = 0x50;
+/// Guest memory, in bytes.
+pub(crate) const MEMORY: u64 = 64 << 20;
+/// Where in guest memory the device counts how often the doorbell has rung.
+pub(crate) const RUNG: u32 = SCRATCH + 0x100;
+/// Where in guest memory the guest counts how often it went to sleep.
+pub(crate) const SLEPT: u32 = SCRATCH + 0x140;
+
+/// Serves the device, where servers have their place.
+///
+/// # Errors
+/// When there is no place for the socket, or the server does not start.
+pub(crate) fn serve() -> anyhow::Result<DeviceThread> {
+    serve_as(IDS)
+}
+
+/// As [`serve`], as another device.
+pub(crate) fn serve_as(ids: Ids) -> anyhow::Result<DeviceThread> {
+    let description = Description::new(ids)
+        .bar(0, Bar::memory32(0x1000))
+        .bar(1, Bar::memory32(0x1000))
+        .msix(MsixTable {
+            vectors: 1,
+            table_bar: 1,
+            table_offset: 0,
+            pending_bar: 1,
+            pending_offset: 0x800,
+        })
+        .doorbell(Doorbell {
+            bar: 0,
+            offset: DOORBELL,
+            size: 4,
+            value: None,
+        });
+    placement::server(|| DeviceThread::custom(description, |host| Measured { host: host.clone() }))
+}
+
+struct Measured {
+    host: Host,
+}
+
+impl Device for Measured {
+    fn read(&mut self, _: usize, _: u64, data: &mut [u8]) -> io::Result<()> {
+        data.fill(0);
+        Ok(())
+    }
+
+    fn write(&mut self, bar: usize, offset: u64, data: &[u8]) -> io::Result<()> {
+        if let (0, START, Ok(count)) = (bar, offset, data.try_into()) {
+            let (host, count) = (self.host.clone(), u32::from_le_bytes(count));
+            thread::spawn(move || {
+                let memory = host.memory.view();
+                interrupt_often(&*memory, count, || host.interrupts.trigger(0));
+            });
+        }
+        Ok(())
+    }
+
+    fn reset(&mut self) {}
+
+    fn doorbell(&mut self, _: usize) {
+        answer(&*self.host.memory.view());
+    }
+}
+
+/// Lets the guest see that the doorbell has rung.
+pub(crate) fn answer(memory: &impl GuestMemoryBackend) {
+    let place = GuestAddress(RUNG.into());
+    // A guest that has no such memory waits in vain.
+    if let Ok(count) = memory.load::<u32>(place, Ordering::Relaxed) {
+        let _ = memory.store(count.wrapping_add(1), place, Ordering::Release);
+    }
+}
+
+/// Interrupts the guest so many times, each time when it sleeps.
+pub(crate) fn interrupt_often(memory: &impl GuestMemoryBackend, count: u32, interrupt: impl Fn()) {
+    /// A guest that does not wake for so long has gone.
+    const PATIENCE: Duration = Duration::from_secs(5);
+    let place = GuestAddress(SLEPT.into());
+    for slept in 1..=count {
+        let since = Instant::now();
+        while memory
+            .load::<u32>(place, Ordering::Acquire)
+            .is_ok_and(|now| now < slept)
+        {
+            if since.elapsed() > PATIENCE {
+                return;
+            }
+            std::hint::spin_loop();
+        }
+        interrupt();
+    }
+}
