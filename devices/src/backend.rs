@@ -9,6 +9,7 @@ use std::sync::Arc;
 use pci::BarIndex;
 use vfio_user_client::{ConnError, DeviceState};
 
+use crate::handover::Handover;
 use crate::kernel::KernelError;
 use crate::migration::Migration;
 
@@ -27,6 +28,9 @@ pub enum BackendError {
     /// It has no state that could be taken out.
     #[error("it has no migration interface")]
     Unmigratable,
+    /// It cannot be another process' instead.
+    #[error("it is tied to the process that has it")]
+    Tied,
     /// It does not come back from where somebody else's migration left it.
     #[error("it is in the state {state:?} and does not run: {remedy}")]
     NotRunning {
@@ -82,6 +86,9 @@ pub trait Backend: Send + Sync + fmt::Debug {
 
     /// How the device's state is taken out and put back, if it can be.
     fn migration(&self) -> Option<&dyn Migration>;
+
+    /// How another process gets the device, if it can.
+    fn handover(&self) -> Option<&dyn Handover>;
 
     /// What has been counted so far of the calls of the device. It takes a moment and calls no device.
     fn counters(&self) -> Vec<(&'static str, u64)>;

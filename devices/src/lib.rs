@@ -7,6 +7,7 @@ pub mod power;
 mod backend;
 mod bus;
 mod dma;
+mod handover;
 mod i8042;
 mod interrupts;
 mod migration;
@@ -19,13 +20,15 @@ pub use backend::{
 };
 pub use bus::BusDevice;
 pub use dma::{DmaTarget, Mapping};
+pub use handover::{Handover, RemoteState};
 pub use i8042::I8042;
-pub use interrupts::{EventVectors, InterruptLine, InterruptSource};
+pub use interrupts::{EventVectors, InterruptLine, InterruptSource, LineEvents};
 pub use migration::{Chunk, Fallback, Left, Migration, Next, TransitionError, transition};
 pub use passthrough::{
-    BarFingerprint, BarLayout, ConfigState, Difference, DoorbellFingerprint, EndpointState,
-    Fingerprint, Mismatch, Passthrough, Probe, ProbeError, RestoreError, RungDoorbell, SaveError,
+    Attachment, BarFingerprint, BarLayout, ConfigState, Difference, DoorbellFingerprint,
+    EndpointState, Fingerprint, Mismatch, Passthrough, Probe, ProbeError, RestoreError,
+    RungDoorbell, SaveError,
 };
 pub use remote::Remote;
 pub use serial::{Serial, SerialError, SerialState};
-pub use vfio_user_client::{DeviceState, MigrationFlags};
+pub use vfio_user_client::{Descriptors, DeviceState, MigrationFlags, Standing};

@@ -8,8 +8,8 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::{Arc, Mutex};
 
 use devices::{
-    Backend, BackendError, Doorbell, Irq, IrqInfo, MessageControl, Migration, Region, RegionInfo,
-    Remote,
+    Backend, BackendError, Doorbell, Handover, Irq, IrqInfo, MessageControl, Migration, Region,
+    RegionInfo, Remote,
 };
 use pci::BarIndex;
 use tests::backend_contract::{self, Subject};
@@ -221,6 +221,10 @@ impl Backend for Memory {
 
     fn message_control(&self) -> MessageControl {
         MessageControl::Arming
+    }
+
+    fn handover(&self) -> Option<&dyn Handover> {
+        None
     }
 
     fn migration(&self) -> Option<&dyn Migration> {

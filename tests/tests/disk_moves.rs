@@ -1,4 +1,5 @@
-//! A disk moves from one server's process to another's, with the endpoint that a guest has it by, while a request waits.
+//! A disk moves from one server's process to another's, with the endpoint that a guest has it by, while a request waits;
+//! or it stays where it is, and another endpoint goes on with it.
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
 #[path = "../../devices/tests/support/mod.rs"]
@@ -13,13 +14,14 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use devices::{
-    Backend, DeviceState, DmaTarget, Fallback, Fingerprint, Mapping, Next, Passthrough, Probe,
-    Region, Remote, transition,
+    Attachment, Backend, Descriptors, DeviceState, DmaTarget, Fallback, Fingerprint, Mapping, Next,
+    Passthrough, Probe, Region, Remote, transition,
 };
 use pci::{BarIndex, Endpoint, TreePath};
 use rustix::fs::{MemfdFlags, memfd_create};
 use tests::lab::{Process, SOON};
 use tests::outrigger;
+use tests::tapped_socket::TappedSocket;
 use vfio_user_client::{DmaError, GuestDma};
 
 use support::{Machine, signal};
@@ -105,6 +107,67 @@ fn a_request_that_waits_is_served_where_the_disk_goes_on() {
     here.expect_interrupt();
 }
 
+#[test]
+fn a_server_does_not_notice_that_another_endpoint_goes_on() {
+    let folder = tempfile::tempdir().unwrap();
+    let image = folder.path().join("image");
+    File::create_new(&image).unwrap().set_len(1 << 20).unwrap();
+    let ram = Arc::new(File::from(
+        memfd_create("guest", MemfdFlags::CLOEXEC).unwrap(),
+    ));
+    ram.set_len(RAM).unwrap();
+    let here = Disk::new(folder.path(), &image, "disk", &[], &ram);
+    let mut driver = Driver::new(&here, &ram);
+    driver.request(WRITE, 5, &[0x55; SECTOR]);
+    driver.ring(&here);
+    here.expect_interrupt();
+
+    let (there, machine) = here.inherit();
+    let mismatches = Fingerprint::compare(here.endpoint.fingerprint(), there.fingerprint());
+    assert_eq!(mismatches, []);
+    let messages = here.tap.bytes();
+
+    // The other one does not get it in the end.
+    here.endpoint.disconnect_interrupts().unwrap();
+    driver.request(READ, 5, &[0; SECTOR]);
+    driver.ring(&here);
+    driver.await_completed(2);
+    here.hand_over(&there);
+    drop(there);
+    assert!(here.endpoint.check_answers().is_err());
+    assert!(here.machine.delivered().is_empty() && machine.delivered().is_empty());
+    here.endpoint.resume().unwrap();
+    here.expect_interrupt();
+    assert_eq!(driver.data(1), [0x55; SECTOR]);
+
+    // This one does. The disk works meanwhile, and it interrupts.
+    let (there, machine) = here.inherit();
+    here.endpoint.disconnect_interrupts().unwrap();
+    driver.request(WRITE, 6, &[0x66; SECTOR]);
+    driver.ring(&here);
+    driver.await_completed(3);
+    here.hand_over(&there);
+    driver.request(READ, 6, &[0; SECTOR]);
+    driver.ring(&here);
+    driver.await_completed(4);
+    assert_eq!(driver.data(3), [0x66; SECTOR]);
+    assert!(here.machine.delivered().is_empty() && machine.delivered().is_empty());
+    assert_eq!(machine.mapped(), here.machine.mapped());
+    let there = here.replace(there, machine);
+    there.endpoint.resume().unwrap();
+    there.expect_interrupt();
+    assert_eq!(there.tap.bytes(), messages);
+
+    driver.request(WRITE, 7, &[0x77; SECTOR]);
+    driver.ring(&there);
+    driver.await_completed(5);
+    there.expect_interrupt();
+    let ids = there.config(0);
+    there.endpoint.check_answers().unwrap();
+    assert_eq!(ids & 0xffff, 0x1af4);
+    assert!(there.tap.bytes() > messages);
+}
+
 fn sector(file: &File, number: u64) -> [u8; SECTOR] {
     let mut data = [0; SECTOR];
     file.read_exact_at(&mut data, number * SECTOR as u64)
@@ -115,8 +178,9 @@ fn sector(file: &File, number: u64) -> [u8; SECTOR] {
 /// An endpoint with a disk behind it, whose server is a process of its own.
 struct Disk {
     endpoint: Passthrough,
-    remote: Arc<Remote>,
+    doorbell: Arc<OwnedFd>,
     machine: Machine,
+    tap: TappedSocket,
     // After its client.
     _server: Process,
 }
@@ -130,7 +194,8 @@ impl Disk {
         let mut server = Process::start(&mut command, &folder.join("log")).unwrap();
         server.wait_for("listening", SOON).unwrap();
 
-        let remote = Arc::new(Remote::connect(&socket, Arc::new(Nobody)).unwrap());
+        let tap = TappedSocket::before(&socket).unwrap();
+        let remote = Arc::new(Remote::connect(tap.path(), Arc::new(Nobody)).unwrap());
         let mapping = Mapping {
             iova: 0,
             size: RAM,
@@ -139,24 +204,48 @@ impl Disk {
         };
         remote.map(&mapping).unwrap();
         let machine = Machine::default();
-        let mut probe = Probe::new(remote.clone(), false).unwrap();
-        let mut bars = probe.bars().clone();
-        bars.set_address(BAR0, BAR0_ADDRESS);
-        probe.set_bars(bars);
-        let path = TreePath::new(vec![(1, 0)]).unwrap();
-        let endpoint = Passthrough::new(
-            "disk",
-            path,
-            probe,
-            Box::new(machine.clone()),
-            Box::new(machine.clone()),
-        );
+        let probe = Probe::new(remote.clone(), false).unwrap();
+        let endpoint = endpoint(probe, &machine);
         endpoint.reset().unwrap();
+        let doorbells = remote.doorbells(Region::Bar(BAR0)).unwrap();
         Self {
             endpoint,
-            remote,
+            doorbell: doorbells[0].event.clone(),
             machine,
+            tap,
             _server: server,
+        }
+    }
+
+    /// What another process makes of the disk while this one has it.
+    fn inherit(&self) -> (Passthrough, Machine) {
+        let mut descriptors = Descriptors::default();
+        let attachment = self.endpoint.describe(&mut descriptors).unwrap();
+        let written = serde_json::to_string(&attachment).unwrap();
+        let attachment: Attachment = serde_json::from_str(&written).unwrap();
+        let descriptors = sent(&descriptors);
+        let remote = Remote::inherit(&attachment.remote, &descriptors, Arc::new(Nobody)).unwrap();
+        let probe = Probe::inherit(Arc::new(remote), &attachment, &descriptors).unwrap();
+        let machine = Machine::default();
+        (endpoint(probe, &machine), machine)
+    }
+
+    /// Hands it over to that, whose interrupts are to wait.
+    fn hand_over(&self, to: &Passthrough) {
+        let mut descriptors = Descriptors::default();
+        let standing = self.endpoint.leave(SOON, &mut descriptors).unwrap();
+        let saved = self.endpoint.save().unwrap();
+        assert_eq!((saved.rung.len(), saved.signalled.len()), (0, 1));
+        to.take_over(&standing, &sent(&descriptors)).unwrap();
+        to.restore(&saved).unwrap();
+    }
+
+    /// The disk with an endpoint that has taken over.
+    fn replace(self, endpoint: Passthrough, machine: Machine) -> Self {
+        Self {
+            endpoint,
+            machine,
+            ..self
         }
     }
 
@@ -202,6 +291,23 @@ impl Disk {
         self.endpoint.config_read(offset, &mut data);
         u32::from_le_bytes(data)
     }
+}
+
+/// The endpoint of a disk that has been asked what it is.
+fn endpoint(mut probe: Probe, machine: &Machine) -> Passthrough {
+    let mut bars = probe.bars().clone();
+    bars.set_address(BAR0, BAR0_ADDRESS);
+    probe.set_bars(bars);
+    let path = TreePath::new(vec![(1, 0)]).unwrap();
+    let (mapper, source) = (Box::new(machine.clone()), Box::new(machine.clone()));
+    Passthrough::new("disk", path, probe, mapper, source)
+}
+
+/// What another process gets of these.
+fn sent(descriptors: &Descriptors) -> Descriptors {
+    let sent = descriptors.iter();
+    let sent: Vec<_> = sent.map(|fd| fd.try_clone_to_owned().unwrap()).collect();
+    Descriptors::from(sent)
 }
 
 /// The driver of a disk with one queue, which stays when the disk moves.
@@ -296,9 +402,7 @@ impl Driver {
 
     /// Rings the doorbell of the queue, as KVM does it for a guest.
     fn ring(&self, disk: &Disk) {
-        let doorbells = disk.remote.doorbells(Region::Bar(BAR0)).unwrap();
-        let event: &OwnedFd = &doorbells[0].event;
-        signal(event);
+        signal(&disk.doorbell);
     }
 
     fn completed(&self) -> u16 {

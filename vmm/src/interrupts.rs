@@ -4,11 +4,11 @@
 
 use std::collections::BTreeMap;
 use std::io;
-use std::os::fd::BorrowedFd;
+use std::os::fd::{BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
-use devices::{EventVectors, InterruptLine, InterruptSource};
+use devices::{EventVectors, InterruptLine, InterruptSource, LineEvents};
 use kvm_bindings::{
     KVM_IRQ_ROUTING_IRQCHIP, KVM_IRQ_ROUTING_MSI, KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER,
     KVM_IRQCHIP_PIC_SLAVE, KvmIrqRouting, kvm_irq_routing_entry, kvm_irq_routing_irqchip,
@@ -17,6 +17,7 @@ use kvm_bindings::{
 use kvm_ioctls::VmFd;
 use pci::{Cause, InterruptPin, MsiMessage, Vectors};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use crate::kvm_ext;
@@ -223,6 +224,14 @@ fn event() -> Result<EventFd, InterruptError> {
     EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK).map_err(InterruptError::Event)
 }
 
+/// An event that a device has been given elsewhere. What it is, KVM will say; here it must not keep anybody waiting.
+fn adopted(event: OwnedFd) -> Result<EventFd, InterruptError> {
+    fcntl_getfl(&event)
+        .and_then(|flags| fcntl_setfl(&event, flags | OFlags::NONBLOCK))
+        .map_err(|errno| InterruptError::Event(errno.into()))?;
+    Ok(kvm_ext::event(event))
+}
+
 fn is_signalled(event: &EventFd) -> bool {
     let event = kvm_ext::borrow(event);
     let mut fds = [PollFd::from_borrowed_fd(event, PollFlags::IN)];
@@ -260,17 +269,18 @@ impl InterruptSource for DeviceInterrupts {
         }))
     }
 
-    fn line(&self, pin: InterruptPin) -> Result<Box<dyn InterruptLine>, Cause> {
+    fn line(&self, pin: InterruptPin, events: LineEvents) -> Result<Box<dyn InterruptLine>, Cause> {
         let shared = self.interrupts.shared.clone();
         let gsi = PCI_INTX_GSI + u32::from(pin.line(self.device));
+        let is_new = events.is_empty();
         let line = Line {
             shared,
             gsi,
-            trigger: event()?,
-            resample: event()?,
+            trigger: events.trigger.map_or_else(event, adopted)?,
+            resample: events.resample.map_or_else(event, adopted)?,
             connected: Mutex::new(false),
         };
-        line.connect(true)?;
+        line.connect(is_new)?;
         Ok(Box::new(line))
     }
 }
@@ -358,6 +368,18 @@ impl Vectors for VectorGroup {
 impl EventVectors for VectorGroup {
     fn event(&self, vector: u16) -> Result<BorrowedFd<'_>, Cause> {
         Ok(kvm_ext::borrow(&self.vector(vector)?.event))
+    }
+
+    fn adopt(&self, vector: u16, event: OwnedFd) -> Result<(), Cause> {
+        let cell = self.vectors.get(usize::from(vector));
+        let cell = cell.ok_or("there is no such vector")?;
+        let adopted = Vector {
+            event: adopted(event)?,
+            route: Mutex::default(),
+        };
+        Ok(cell
+            .set(adopted)
+            .map_err(|_| "the vector has an event already")?)
     }
 
     fn set_connected(&self, connected: bool) -> Result<(), Cause> {

@@ -2,7 +2,7 @@
 #![expect(unsafe_code, reason = "ioctls")]
 
 use std::io;
-use std::os::fd::{AsRawFd, BorrowedFd};
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd as _, IntoRawFd as _, OwnedFd};
 
 use kvm_bindings::{
     KVMIO, kvm_clear_dirty_log, kvm_clear_dirty_log__bindgen_ty_1, kvm_ioeventfd,
@@ -96,6 +96,12 @@ pub(crate) fn clear_dirty_log(
     } else {
         Err(io::Error::last_os_error())
     }
+}
+
+/// The event that is this descriptor.
+pub(crate) fn event(descriptor: OwnedFd) -> EventFd {
+    // SAFETY: the descriptor is open and nobody else's, and goes to the event alone.
+    unsafe { EventFd::from_raw_fd(descriptor.into_raw_fd()) }
 }
 
 /// Borrows the descriptor of `event`, which does not offer it by itself.

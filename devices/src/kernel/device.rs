@@ -21,6 +21,7 @@ use super::{Hold, KernelError, Opened, ioctls, reset};
 use crate::backend::{
     Backend, BackendError, Doorbell, Irq, IrqInfo, MappableArea, MessageControl, Region, RegionInfo,
 };
+use crate::handover::Handover;
 use crate::migration::Migration;
 
 /// The regions that every PCI device has (`VFIO_PCI_BAR0_REGION_INDEX` to `VFIO_PCI_CONFIG_REGION_INDEX`).
@@ -258,6 +259,11 @@ impl Backend for KernelDevice {
 
     fn message_control(&self) -> MessageControl {
         MessageControl::Arming
+    }
+
+    /// What the driver keeps of the device is tied to the process that has opened it.
+    fn handover(&self) -> Option<&dyn Handover> {
+        None
     }
 
     fn migration(&self) -> Option<&dyn Migration> {

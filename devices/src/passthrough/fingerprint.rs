@@ -74,7 +74,7 @@ impl Fingerprint {
             config_size: probe.config.size(),
             registers: probe.config.constants(),
             bars: bars.collect(),
-            vectors: probe.vectors,
+            vectors: probe.survey.irqs.map(|irq| irq.count),
             migration: migration.map_or(0, |migration| migration.flags().bits()),
         }
     }

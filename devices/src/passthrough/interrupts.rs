@@ -1,15 +1,17 @@
 //! An endpoint's way of interrupting the guest: by its pin, by MSI or by MSI-X, one at a time.
 
 use std::fmt;
+use std::os::fd::OwnedFd;
 use std::sync::{Arc, PoisonError, RwLock};
 
 use pci::{Cause, InterruptPin, MsiMessage};
+use vfio_user_client::Setup;
 
 use super::config::Config;
 use super::intx::Intx;
 pub(super) use super::intx::signal;
 use crate::backend::{Backend, Irq, IrqInfo};
-use crate::interrupts::{EventVectors, InterruptSource};
+use crate::interrupts::{EventVectors, InterruptSource, LineEvents};
 
 /// Which of the three it is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -143,19 +145,24 @@ impl Interrupts {
         if let Some(vectors) = self.vectors.current() {
             vectors.set_connected(false)?;
         }
-        self.intx.as_ref().map_or(Ok(()), Intx::disconnect)
+        self.intx.as_mut().map_or(Ok(()), Intx::disconnect)
     }
 
-    /// Connects it again, and sends what has been signalled meanwhile.
-    pub(super) fn connect(&mut self, backend: &dyn Backend) -> Result<(), Cause> {
+    /// Connects it again, and sends what has been signalled meanwhile. If the device may not be asked whether it has
+    /// something to say, the guest has to look.
+    pub(super) fn connect(
+        &mut self,
+        backend: &Arc<dyn Backend>,
+        may_ask: bool,
+    ) -> Result<(), Cause> {
         if std::mem::replace(&mut self.connected, true) {
             return Ok(());
         }
         if let Some(vectors) = self.vectors.current() {
             vectors.set_connected(true)?;
         }
-        let intx = self.intx.as_ref();
-        intx.map_or(Ok(()), |intx| intx.connect(backend))
+        let intx = self.intx.as_mut();
+        intx.map_or(Ok(()), |intx| intx.connect(backend, may_ask))
     }
 
     /// The vectors that have been signalled and not been sent: masked ones, or all while they are disconnected.
@@ -167,7 +174,7 @@ impl Interrupts {
     /// Makes it as if the device had signalled these vectors.
     pub(super) fn signal(&self, signalled: &[u16]) -> Result<(), Cause> {
         if let Some(vectors) = self.vectors.current() {
-            for &vector in signalled {
+            for &vector in signalled.iter().filter(|vector| !vectors.pending(**vector)) {
                 signal(vectors.event(vector)?);
             }
         }
@@ -190,6 +197,47 @@ impl Interrupts {
         self.program(backend.as_ref(), messages)
     }
 
+    /// Sets up in the machine, disconnected, what is set up in the device already: the events that it has been `given`.
+    pub(super) fn adopt(
+        &mut self,
+        mode: Mode,
+        messages: &[(u16, Option<MsiMessage>)],
+        given: &Setup,
+    ) -> Result<(), Cause> {
+        self.disconnect()?;
+        let Some(irq) = mode.irq() else {
+            return Ok(());
+        };
+        let clone = |event: Option<&Arc<OwnedFd>>| event.map(|event| event.try_clone()).transpose();
+        if let Mode::Pin(pin) = mode {
+            let device = clone(given.event(irq.index(), 0))?;
+            let resample = clone(given.unmask_event(irq.index(), 0))?;
+            let by_thread = self.intx_info.automasked && resample.is_none();
+            let (trigger, device) = if by_thread {
+                (None, device)
+            } else {
+                (device, None)
+            };
+            let line = self.source.line(pin, LineEvents { trigger, resample })?;
+            self.intx = Some(Intx::adopt(line, self.intx_info, device)?);
+        } else {
+            let vectors = self.new_vectors(mode.vectors())?;
+            let mut armed = vec![false; mode.vectors().into()];
+            for (vector, event) in given.events_of(irq.index()) {
+                let vector = u16::try_from(vector)?;
+                vectors.adopt(vector, event.try_clone()?)?;
+                if let Some(armed) = armed.get_mut(usize::from(vector)) {
+                    *armed = true;
+                }
+            }
+            vectors.program(messages)?;
+            self.vectors.set(Some(vectors));
+            self.armed = armed;
+        }
+        self.mode = mode;
+        Ok(())
+    }
+
     /// Takes the device's interrupts away, in the machine even if the device does not answer.
     pub(super) fn disable(&mut self, backend: &dyn Backend) -> Result<(), Cause> {
         let old = std::mem::replace(&mut self.mode, Mode::Off);
@@ -206,9 +254,12 @@ impl Interrupts {
         match mode {
             Mode::Off => {}
             Mode::Pin(pin) => {
-                let line = self.source.line(pin)?;
+                let line = self.source.line(pin, LineEvents::default())?;
                 line.set_connected(self.connected)?;
-                self.intx = Some(Intx::new(line, backend, self.intx_info)?);
+                let intx = self.intx.insert(Intx::new(line, backend, self.intx_info)?);
+                if !self.connected {
+                    intx.disconnect()?;
+                }
             }
             Mode::Msi { vectors: count } => {
                 let vectors = self.new_vectors(count)?;

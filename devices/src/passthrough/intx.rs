@@ -16,6 +16,8 @@ use crate::interrupts::InterruptLine;
 pub(super) struct Intx {
     // The thread looks at the line's event, so it ends first.
     unmasker: Option<Unmasker>,
+    /// What the device signals if it is unmasked by a thread; else that is the line's.
+    device: Option<Arc<OwnedFd>>,
     line: Arc<dyn InterruptLine>,
     automasked: bool,
 }
@@ -27,39 +29,73 @@ impl Intx {
         backend: &Arc<dyn Backend>,
         info: IrqInfo,
     ) -> Result<Self, Cause> {
-        let line: Arc<dyn InterruptLine> = line.into();
         backend.arm(Irq::Intx, 0, &[line.trigger()])?;
+        let mut intx = Self {
+            unmasker: None,
+            device: None,
+            line: line.into(),
+            automasked: info.automasked,
+        };
         // A device that does not mask itself signals each time it has something to say.
-        let mut unmasker = None;
         if info.automasked {
-            if backend.unmask_on(Irq::Intx, line.resample()).is_err() {
-                unmasker = Some(Unmasker::start(line.clone(), backend.clone())?);
+            if backend.unmask_on(Irq::Intx, intx.line.resample()).is_err() {
+                let device = event()?;
+                backend.arm(Irq::Intx, 0, &[device.as_fd()])?;
+                intx.device = Some(Arc::new(device));
+                intx.start_unmasker(backend)?;
             }
             // It may have masked itself for an interrupt of a line that it had before.
             backend.unmask(Irq::Intx)?;
         }
+        Ok(intx)
+    }
+
+    /// The pin of a device that has its events already, disconnected. `device` is what it signals if a thread has to unmask
+    /// it.
+    pub(super) fn adopt(
+        line: Box<dyn InterruptLine>,
+        info: IrqInfo,
+        device: Option<OwnedFd>,
+    ) -> Result<Self, Cause> {
+        line.set_connected(false)?;
         Ok(Self {
-            unmasker,
-            line,
+            unmasker: None,
+            device: device.map(Arc::new),
+            line: line.into(),
             automasked: info.automasked,
         })
     }
 
     /// Takes the line off the interrupt controllers.
-    pub(super) fn disconnect(&self) -> Result<(), Cause> {
+    pub(super) fn disconnect(&mut self) -> Result<(), Cause> {
+        self.unmasker = None;
         self.line.set_connected(false)
     }
 
-    /// Connects the line again, and has it asserted if the device has something to say.
-    pub(super) fn connect(&self, backend: &dyn Backend) -> Result<(), Cause> {
+    /// Connects the line again, and has it asserted if the device has something to say, or if the device is not to be asked.
+    pub(super) fn connect(
+        &mut self,
+        backend: &Arc<dyn Backend>,
+        may_ask: bool,
+    ) -> Result<(), Cause> {
         self.line.set_connected(true)?;
         // A device that masks itself signals again when it is unmasked. Of any other, nobody knows whether the line was
         // asserted, so the guest has to look.
-        if !self.automasked || self.unmasker.is_some() {
+        if !self.automasked || self.device.is_some() || !may_ask {
             signal(self.line.trigger());
         }
-        if self.automasked {
+        self.start_unmasker(backend)?;
+        if self.automasked && may_ask {
             backend.unmask(Irq::Intx)?;
+        }
+        Ok(())
+    }
+
+    /// Has a thread unmask the device if nothing else does.
+    fn start_unmasker(&mut self, backend: &Arc<dyn Backend>) -> Result<(), Cause> {
+        if let (Some(device), None) = (&self.device, &self.unmasker) {
+            let (line, backend, device) = (self.line.clone(), backend.clone(), device.clone());
+            self.unmasker = Some(Unmasker::start(line, backend, device)?);
         }
         Ok(())
     }
@@ -80,21 +116,24 @@ struct Unmasker {
 #[derive(Debug)]
 struct Events {
     /// What the device signals.
-    device: OwnedFd,
+    device: Arc<OwnedFd>,
     /// Wakes the thread when it is to end.
     stop: OwnedFd,
     stopped: AtomicBool,
 }
 
 impl Unmasker {
-    fn start(line: Arc<dyn InterruptLine>, backend: Arc<dyn Backend>) -> Result<Self, Cause> {
-        let event = || eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK);
+    /// Starts it for a device that signals `device`.
+    fn start(
+        line: Arc<dyn InterruptLine>,
+        backend: Arc<dyn Backend>,
+        device: Arc<OwnedFd>,
+    ) -> Result<Self, Cause> {
         let shared = Arc::new(Events {
-            device: event()?,
+            device,
             stop: event()?,
             stopped: AtomicBool::new(false),
         });
-        backend.arm(Irq::Intx, 0, &[shared.device.as_fd()])?;
         let thread = thread::Builder::new().name("intx".into()).spawn({
             let shared = shared.clone();
             move || shared.run(line.as_ref(), backend.as_ref())
@@ -134,6 +173,10 @@ impl Events {
             }
         }
     }
+}
+
+fn event() -> rustix::io::Result<OwnedFd> {
+    eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)
 }
 
 fn was_signalled(event: BorrowedFd<'_>) -> bool {

@@ -6,11 +6,13 @@
 mod config;
 mod faults;
 mod fingerprint;
+mod handover;
 mod interrupts;
 mod intx;
 mod probe;
 mod save;
 mod state;
+mod survey;
 #[cfg(test)]
 mod tests;
 mod turn;
@@ -31,6 +33,8 @@ use self::interrupts::{CurrentVectors, Interrupts, Mode};
 pub use self::probe::{BarLayout, Probe, ProbeError};
 use self::save::Bells;
 pub use self::state::{ConfigState, EndpointState, RestoreError, RungDoorbell, SaveError};
+pub use self::survey::Attachment;
+use self::survey::Survey;
 use self::turn::Turn;
 
 use crate::backend::{Backend, MessageControl, Region};
@@ -63,6 +67,8 @@ pub struct Passthrough {
     msix: Option<MsixLayout>,
     /// What the expansion ROM holds. It is read seldom, so every read of it is an exit.
     rom: Vec<u8>,
+    /// What the device has said of itself, if another process may want to know.
+    survey: Option<Survey>,
     /// What the registers are after a reset.
     power_on: Config,
     /// What they are now. Never locked while the backend is called.
@@ -86,23 +92,26 @@ impl Passthrough {
     pub fn new(
         id: &str,
         path: TreePath,
-        probe: Probe,
+        mut probe: Probe,
         mapper: Box<dyn BarMapper>,
         source: Box<dyn InterruptSource>,
     ) -> Self {
         let vectors = Arc::new(CurrentVectors::default());
-        let interrupts = Interrupts::new(source, probe.intx, vectors.clone());
+        let [intx, _, _] = probe.survey.irqs;
+        let interrupts = Interrupts::new(source, intx, vectors.clone());
+        let can_be_left = probe.backend.handover().is_some();
         Self {
             posted: probe.posted_bars(),
             fingerprint: Fingerprint::new(id, path, &probe),
             bells: Bells::new(&probe),
             backend: probe.backend,
+            rom: std::mem::take(&mut probe.survey.rom),
+            survey: can_be_left.then_some(probe.survey),
             faults: Faults::new(id),
             on_loss: OnLoss::default(),
             accesses: AtomicU64::new(0),
             lost: AtomicBool::new(false),
             msix: probe.msix,
-            rom: probe.rom,
             power_on: probe.config.clone(),
             config: Mutex::new(probe.config),
             vectors,

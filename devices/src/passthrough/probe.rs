@@ -4,9 +4,11 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use pci::{BarIndex, BarKind, BarSpec, Bars, ConfigSpace, MsixLayout};
+use vfio_user_client::Descriptors;
 
 use super::config::{self, Config};
-use crate::backend::{Backend, BackendError, Doorbell, Irq, IrqInfo, MappableArea, Region};
+use super::survey::{Attachment, Bar, Survey};
+use crate::backend::{Backend, BackendError, Doorbell, MappableArea};
 
 /// Why a device cannot be an endpoint.
 #[derive(Debug, thiserror::Error)]
@@ -38,6 +40,9 @@ pub enum ProbeError {
     /// Its MSI-X capability makes no sense.
     #[error(transparent)]
     Msix(#[from] pci::MsixError),
+    /// Another process has attached it, and tells what cannot be so.
+    #[error("what was handed over of it makes no sense: {0}")]
+    Handed(&'static str),
     /// A doorbell of it makes no sense.
     #[error(
         "it has a doorbell at {offset:#x} of {bar} that is not in it, is in its MSI-X table, or is {width} bytes wide"
@@ -58,11 +63,7 @@ pub struct Probe {
     pub(super) backend: Arc<dyn Backend>,
     pub(super) config: Config,
     pub(super) msix: Option<MsixLayout>,
-    pub(super) intx: IrqInfo,
-    /// How many vectors it has of INTx, MSI and MSI-X.
-    pub(super) vectors: [u32; 3],
-    /// What the expansion ROM holds, if the guest is to have it.
-    pub(super) rom: Vec<u8>,
+    pub(super) survey: Survey,
     layouts: [Option<BarLayout>; 7],
 }
 
@@ -82,25 +83,30 @@ pub struct BarLayout {
 impl Probe {
     /// Asks the device. The guest sees its expansion ROM only if it is to have one.
     pub fn new(backend: Arc<dyn Backend>, with_rom: bool) -> Result<Self, ProbeError> {
-        let (space, size) = read_config(backend.as_ref())?;
+        let survey = Survey::new(backend.as_ref(), with_rom)?;
+        Self::of(backend, survey)
+    }
+
+    /// A device that another process has attached, and that is not asked anything.
+    pub fn inherit(
+        backend: Arc<dyn Backend>,
+        attachment: &Attachment,
+        descriptors: &Descriptors,
+    ) -> Result<Self, ProbeError> {
+        Self::of(backend, attachment.survey(descriptors)?)
+    }
+
+    fn of(backend: Arc<dyn Backend>, survey: Survey) -> Result<Self, ProbeError> {
+        let (space, size) = config_space(&survey.config)?;
         let header_type = space.byte(pci::header::HEADER_TYPE) & !pci::header::MULTI_FUNCTION;
         if header_type != 0 {
             return Err(ProbeError::Bridge(header_type));
         }
-        let mut regions = Vec::with_capacity(BarIndex::ALL.len());
-        for bar in BarIndex::ALL {
-            regions.push(backend.region(Region::Bar(bar))?);
-        }
-        let mut sizes = regions.iter().map(|region| region.size);
+        let mut sizes = survey.bars.iter().map(|bar| bar.region.size);
         let mut bars = config::bars(&space, [(); 6].map(|()| sizes.next().unwrap_or(0)))?;
         let mut layouts = [const { None }; 7];
-        let rom = if with_rom {
-            read_rom(backend.as_ref())?
-        } else {
-            Vec::new()
-        };
-        if !rom.is_empty() {
-            bars = bars.with_rom(rom.len() as u64)?;
+        if !survey.rom.is_empty() {
+            bars = bars.with_rom(survey.rom.len() as u64)?;
         }
         let msix = find_msix(&space)?;
         if let Some(layout) = &msix {
@@ -114,12 +120,13 @@ impl Probe {
                 doorbells: Vec::new(),
             });
         }
-        for ((bar, layout), region) in BarIndex::ALL.into_iter().zip(&mut layouts).zip(regions) {
+        let answers = BarIndex::ALL.into_iter().zip(&survey.bars);
+        for ((bar, Bar { region, doorbells }), layout) in answers.zip(&mut layouts) {
             let Some(spec) = bars.spec(bar) else { continue };
             let mut areas = if spec.kind == BarKind::Io {
                 Vec::new()
             } else {
-                region.areas
+                region.areas.clone()
             };
             let messages: Vec<_> = msix
                 .iter()
@@ -128,8 +135,7 @@ impl Probe {
             for hole in &messages {
                 areas = areas.iter().flat_map(|area| without(area, hole)).collect();
             }
-            let doorbells = backend.doorbells(Region::Bar(bar))?;
-            for &Doorbell { offset, width, .. } in &doorbells {
+            for &Doorbell { offset, width, .. } in doorbells {
                 if !is_doorbell(offset, width, spec.size, &messages) {
                     return Err(ProbeError::Doorbell { bar, offset, width });
                 }
@@ -138,30 +144,14 @@ impl Probe {
                 spec: *spec,
                 writable: region.writable,
                 areas,
-                doorbells,
+                doorbells: doorbells.clone(),
             });
         }
-        let config = Config::new(space, size, bars)?;
-        let ask = |irq, has: bool| {
-            if has {
-                backend.irq(irq)
-            } else {
-                Ok(IrqInfo::default())
-            }
-        };
-        let intx = ask(Irq::Intx, config.interrupt_pin().is_some())?;
-        let vectors = [
-            intx.count,
-            ask(Irq::Msi, config.msi.is_some())?.count,
-            ask(Irq::Msix, config.msix.is_some())?.count,
-        ];
         Ok(Self {
             backend,
-            config,
+            config: Config::new(space, size, bars)?,
             msix,
-            intx,
-            vectors,
-            rom,
+            survey,
             layouts,
         })
     }
@@ -196,31 +186,15 @@ impl Probe {
 }
 
 /// The device's configuration space, and how many bytes of it there are.
-fn read_config(backend: &dyn Backend) -> Result<(ConfigSpace, u16), ProbeError> {
-    let size = backend.region(Region::Config)?.size;
-    if size < u64::from(pci::header::END) {
+fn config_space(bytes: &[u8]) -> Result<(ConfigSpace, u16), ProbeError> {
+    let size = bytes.len() as u64;
+    let length = u16::try_from(size).unwrap_or(ConfigSpace::SIZE);
+    if length < pci::header::END {
         return Err(ProbeError::NoConfigSpace { size });
     }
-    let length = u16::try_from(size).map_or(ConfigSpace::SIZE, |size| size.min(ConfigSpace::SIZE));
-    let mut bytes = vec![0; length.into()];
-    backend.read(Region::Config, 0, &mut bytes)?;
     let mut space = ConfigSpace::new();
-    space.set(0, &bytes);
+    space.set(0, bytes);
     Ok((space, length))
-}
-
-/// The device's expansion ROM.
-fn read_rom(backend: &dyn Backend) -> Result<Vec<u8>, ProbeError> {
-    /// The largest that there is (the PCI firmware specification's limit).
-    const MOST: u64 = 16 << 20;
-    let region = Region::Bar(BarIndex::ROM);
-    let size = backend.region(region)?.size;
-    if !(1..=MOST).contains(&size) {
-        return Err(ProbeError::NoRom { size });
-    }
-    let mut rom = vec![0; usize::try_from(size).unwrap_or(0)];
-    backend.read(region, 0, &mut rom)?;
-    Ok(rom)
 }
 
 fn find_msix(space: &ConfigSpace) -> Result<Option<MsixLayout>, ProbeError> {

@@ -77,19 +77,24 @@ impl Passthrough {
     }
 
     /// Gives the guest the interrupts, and the device the doorbells, that waited while it was stopped or moved. The
-    /// device runs. Both get nothing twice, except for INTx, which a guest may find to be for nothing.
+    /// device runs; if it has been [left](Self::leave), it is this process' from now on. Both get nothing twice, except
+    /// for INTx, which a guest may find to be for nothing.
     pub fn resume(&self) -> Result<(), Cause> {
         self.exclusively(|wiring| {
+            let away = self.away();
+            if let Some(handover) = away {
+                handover.go_on()?;
+            }
             for bell in std::mem::take(&mut wiring.owed) {
                 if let Some(event) = self.bells.event(bell) {
                     signal(event);
                 }
             }
-            wiring.interrupts.connect(self.backend.as_ref())
+            wiring.interrupts.connect(&self.backend, away.is_none())
         })
     }
 
-    fn exclusively(
+    pub(super) fn exclusively(
         &self,
         what: impl FnOnce(&mut Wiring) -> Result<(), Cause>,
     ) -> Result<(), Cause> {
@@ -101,13 +106,17 @@ impl Passthrough {
     }
 
     /// What is to be saved. No vCPU runs, the interrupts are disconnected, and the device is stopped, so that it hears no
-    /// doorbell any more. If it runs here again, [`resume`](Self::resume) rings those that it has not heard.
+    /// doorbell any more. If it runs here again, [`resume`](Self::resume) rings those that it has not heard. A device that
+    /// has been [left](Self::leave) runs on and hears its doorbells, whoever has it.
     pub fn save(&self) -> Result<EndpointState, SaveError> {
         if self.is_lost() {
             return Err(SaveError::Lost);
         }
         let saved = self.in_turn(|wiring| {
-            let mut rung = self.bells.take_rung();
+            let mut rung = match self.away() {
+                Some(_) => Vec::new(),
+                None => self.bells.take_rung(),
+            };
             rung.append(&mut wiring.owed);
             rung.sort_unstable();
             rung.dedup();
@@ -126,7 +135,8 @@ impl Passthrough {
 
     /// Takes over what was saved, as far as the VMM is concerned: registers, mapped BARs, interrupts, which stay
     /// disconnected until [`resume`](Self::resume). No vCPU runs. The device runs, or its data can be written: not every
-    /// server lets its interrupts be set up otherwise. The guest's memory is left alone.
+    /// server lets its interrupts be set up otherwise. One that has been [taken over](Self::take_over) is not told
+    /// anything. The guest's memory is left alone.
     ///
     /// It can be done again with a newer state: what takes most of the time, BARs with their doorbells and memory slots,
     /// then stays where it is as far as it is the same.
@@ -144,7 +154,10 @@ impl Passthrough {
         check_signalled(&state.signalled, Mode::of(&config).vectors())?;
         self.bells.check(&state.rung)?;
         let restored = self.in_turn(|wiring| {
-            let restored = self.take_over(wiring, config, state);
+            if let Some(handover) = self.away() {
+                return self.take_quietly(wiring, config, state, &handover.setup());
+            }
+            let restored = self.take_state(wiring, config, state);
             if restored.is_err()
                 && let Err(error) = self.reset_to(wiring, self.power_on.clone())
             {
@@ -155,7 +168,7 @@ impl Passthrough {
         restored.unwrap_or(Err(RestoreError::Busy))
     }
 
-    fn take_over(
+    fn take_state(
         &self,
         wiring: &mut Wiring,
         config: Config,

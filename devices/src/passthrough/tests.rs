@@ -11,7 +11,8 @@ use super::{Passthrough, Probe};
 use crate::backend::{
     Backend, BackendError, Doorbell, Irq, IrqInfo, MappableArea, MessageControl, Region, RegionInfo,
 };
-use crate::interrupts::{EventVectors, InterruptLine, InterruptSource};
+use crate::handover::Handover;
+use crate::interrupts::{EventVectors, InterruptLine, InterruptSource, LineEvents};
 use crate::migration::Migration;
 
 /// What is noted, in order.
@@ -166,6 +167,10 @@ impl Backend for Device {
         MessageControl::Arming
     }
 
+    fn handover(&self) -> Option<&dyn Handover> {
+        None
+    }
+
     fn migration(&self) -> Option<&dyn Migration> {
         None
     }
@@ -206,7 +211,7 @@ impl InterruptSource for Deaf {
         Ok(Box::new(Deaf(null())))
     }
 
-    fn line(&self, _: InterruptPin) -> Result<Box<dyn InterruptLine>, Cause> {
+    fn line(&self, _: InterruptPin, _: LineEvents) -> Result<Box<dyn InterruptLine>, Cause> {
         Err("the device has no pin".into())
     }
 }
@@ -214,6 +219,10 @@ impl InterruptSource for Deaf {
 impl EventVectors for Deaf {
     fn event(&self, _: u16) -> Result<BorrowedFd<'_>, Cause> {
         Ok(self.0.as_fd())
+    }
+
+    fn adopt(&self, _: u16, _: OwnedFd) -> Result<(), Cause> {
+        Ok(())
     }
 
     fn set_connected(&self, _: bool) -> Result<(), Cause> {

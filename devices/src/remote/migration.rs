@@ -20,18 +20,23 @@ pub(super) struct RemoteMigration {
 
 impl RemoteMigration {
     /// The device's migration, if it can migrate. It runs.
-    pub(super) fn new(client: &Arc<Client>) -> Result<Option<Self>, ConnError> {
+    pub(super) fn ask(client: &Arc<Client>) -> Result<Option<Self>, ConnError> {
         let flags = match client.migration_flags() {
             Ok(flags) => flags,
             Err(ConnError::Refused { .. }) => return Ok(None),
             Err(error) => return Err(error),
         };
+        Ok(Self::new(client, flags))
+    }
+
+    /// The migration of a device that has said how it can migrate, if it can.
+    pub(super) fn new(client: &Arc<Client>, flags: MigrationFlags) -> Option<Self> {
         let can_migrate = flags.contains(MigrationFlags::STOP_COPY);
-        Ok(can_migrate.then(|| Self {
+        can_migrate.then(|| Self {
             client: Arc::clone(client),
             flags,
             runs: AtomicBool::new(true),
-        }))
+        })
     }
 }
 

@@ -1,5 +1,6 @@
 //! The backend that is a vfio-user server.
 
+mod handover;
 mod migration;
 
 use std::fmt;
@@ -17,6 +18,7 @@ use crate::backend::{
     Backend, BackendError, Doorbell, Irq, IrqInfo, MappableArea, MessageControl, Region, RegionInfo,
 };
 use crate::dma::{DmaTarget, Mapping};
+use crate::handover::Handover;
 use crate::migration::Migration;
 
 /// A device in another process, at the other end of a vfio-user connection.
@@ -49,7 +51,7 @@ impl Remote {
             return Err(BackendError::NotPci);
         }
         let client = Arc::new(client);
-        let migration = RemoteMigration::new(&client)?;
+        let migration = RemoteMigration::ask(&client)?;
         Ok(Self {
             client,
             resettable: info.resettable,
@@ -201,6 +203,10 @@ impl Backend for Remote {
         self.migration
             .as_ref()
             .map(|migration| migration as &dyn Migration)
+    }
+
+    fn handover(&self) -> Option<&dyn Handover> {
+        Some(self)
     }
 
     fn counters(&self) -> Vec<(&'static str, u64)> {

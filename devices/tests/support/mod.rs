@@ -5,11 +5,11 @@
 
 use std::collections::BTreeMap;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, OnceLock};
 
 use devices::{
-    Backend, BackendError, Doorbell, EventVectors, InterruptLine, InterruptSource, Irq, IrqInfo,
-    MessageControl, Migration, Passthrough, Probe, Region, RegionInfo,
+    Backend, BackendError, Doorbell, EventVectors, Handover, InterruptLine, InterruptSource, Irq,
+    IrqInfo, LineEvents, MessageControl, Migration, Passthrough, Probe, Region, RegionInfo,
 };
 use pci::{BarIndex, BarMapper, Cause, Endpoint as _, InterruptPin, MsiMessage, TreePath, Vectors};
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
@@ -250,6 +250,10 @@ impl Backend for Device {
         self.message_control
     }
 
+    fn handover(&self) -> Option<&dyn Handover> {
+        None
+    }
+
     fn migration(&self) -> Option<&dyn Migration> {
         None
     }
@@ -335,7 +339,7 @@ impl BarMapper for Machine {
 impl InterruptSource for Machine {
     fn vectors(&self, count: u16) -> Result<Box<dyn EventVectors>, Cause> {
         let group = Arc::new(Group {
-            events: (0..count).map(|_| event()).collect(),
+            events: (0..count).map(|_| OnceLock::new()).collect(),
             routes: Mutex::new(Routes {
                 messages: vec![None; count.into()],
                 connected: true,
@@ -346,11 +350,11 @@ impl InterruptSource for Machine {
         Ok(Box::new(GroupHandle(group)))
     }
 
-    fn line(&self, _: InterruptPin) -> Result<Box<dyn InterruptLine>, Cause> {
+    fn line(&self, _: InterruptPin, events: LineEvents) -> Result<Box<dyn InterruptLine>, Cause> {
         let line = Arc::new(Pin {
-            trigger: event(),
-            resample: event(),
-            connected: Mutex::new(true),
+            connected: Mutex::new(events.is_empty()),
+            trigger: events.trigger.unwrap_or_else(event),
+            resample: events.resample.unwrap_or_else(event),
         });
         self.0.lock().unwrap().line = Some(line.clone());
         Ok(Box::new(PinHandle(line)))
@@ -359,7 +363,7 @@ impl InterruptSource for Machine {
 
 #[derive(Debug)]
 struct Group {
-    events: Vec<OwnedFd>,
+    events: Vec<OnceLock<OwnedFd>>,
     routes: Mutex<Routes>,
 }
 
@@ -377,7 +381,7 @@ impl Group {
         if routes.connected {
             for (event, message) in self.events.iter().zip(routes.messages.clone()) {
                 if let Some(message) = message
-                    && drain(event) > 0
+                    && drain(event.get_or_init(self::event)) > 0
                 {
                     routes.delivered.push(message.data);
                 }
@@ -401,7 +405,7 @@ impl Vectors for GroupHandle {
 
     fn pending(&self, vector: u16) -> bool {
         drop(self.0.deliver());
-        let event = &self.0.events[usize::from(vector)];
+        let event = self.0.events[usize::from(vector)].get_or_init(event);
         let mut fds = [PollFd::new(event, PollFlags::IN)];
         poll(&mut fds, Some(&Timespec::default())).unwrap() > 0
     }
@@ -410,7 +414,14 @@ impl Vectors for GroupHandle {
 impl EventVectors for GroupHandle {
     fn event(&self, vector: u16) -> Result<BorrowedFd<'_>, Cause> {
         let event = self.0.events.get(usize::from(vector));
-        Ok(event.ok_or("there is no such vector")?.as_fd())
+        let event = event.ok_or("there is no such vector")?;
+        Ok(event.get_or_init(self::event).as_fd())
+    }
+
+    fn adopt(&self, vector: u16, event: OwnedFd) -> Result<(), Cause> {
+        let known = self.0.events.get(usize::from(vector));
+        let known = known.ok_or("there is no such vector")?;
+        Ok(known.set(event).map_err(|_| "it has one")?)
     }
 
     fn set_connected(&self, connected: bool) -> Result<(), Cause> {
