@@ -37,6 +37,12 @@ pub struct Answer {
     pub body: Value,
 }
 
+/// What a VMM answers that has done what it was asked to do, and has no more to say.
+pub const DONE: Answer = Answer {
+    status: 204,
+    body: Value::Null,
+};
+
 impl Answer {
     /// Whether it was refused or has failed, in words that have all of `parts` in them.
     pub fn is_error(&self, parts: &[&str]) -> bool {

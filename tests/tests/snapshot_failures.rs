@@ -11,16 +11,11 @@ use iced_x86::code_asm::{dword_ptr, eax, ebp, ebx, ecx};
 use rustix::process::Signal;
 use serde_json::{Value, json};
 use tempfile::{NamedTempFile, TempDir};
-use tests::api::{Answer, Vmm, request};
+use tests::api::{DONE, Vmm, request};
 use tests::lab::{Process, SOON};
 use tests::outrigger::{has_kvm, serve_demo};
 use tests::skipped::skip;
 use tests::tiny::{self, FIRST_DEVICE, SCRATCH};
-
-const DONE: Answer = Answer {
-    status: 204,
-    body: Value::Null,
-};
 
 /// How long it may take to find out that a device's server hangs.
 const BOUND: Duration = Duration::from_secs(10);

@@ -4,61 +4,19 @@
 use std::fs;
 use std::path::Path;
 
-use iced_x86::IcedError;
-use iced_x86::code_asm::{al, bl, dword_ptr, eax, ebp, ebx, ecx, edi, esi, esp};
+use iced_x86::code_asm::{dword_ptr, esp};
 use rustix::process::Signal;
-use serde_json::Value;
-use tempfile::NamedTempFile;
-use tests::api::{Answer, Vmm};
+use tests::api::{DONE, Vmm};
 use tests::lab::{Process, SOON};
 use tests::outrigger::{self, has_kvm, serve_demo};
+use tests::saved::expect_same;
+use tests::tiny::counter::counter;
+use tests::tiny::demo::{say_dots, use_demo};
 use tests::tiny::disk::{BEGIN, END, FAILED, Job, disk_guest_beside};
-use tests::tiny::{self, Code, FIRST_DEVICE, LOCAL_APIC, SCRATCH};
+use tests::tiny::{self, FIRST_DEVICE, LOCAL_APIC, SCRATCH};
 
-const DONE: Answer = Answer {
-    status: 204,
-    body: Value::Null,
-};
-
-/// Where guests have their stacks: the first CPU, and a second one.
-const STACK: u32 = SCRATCH + 0x2000;
+/// Where the second CPU of guests has its stack.
 const SECOND_STACK: u32 = SCRATCH + 0x4000;
-
-/// A guest that counts, fills memory with what it has counted, and says each letter of the alphabet in its turn.
-fn counter() -> NamedTempFile {
-    /// Memory that it writes to over and over, in double words.
-    const FIELD: u32 = 0x10_0000;
-    tiny::guest(|code| {
-        code.print_line("ready")?;
-        code.mov(esp, STACK)?;
-        code.mov(bl, u32::from(b'A'))?;
-        code.xor(eax, eax)?;
-        let mut again = code.create_label();
-        let mut count = code.create_label();
-        code.set_label(&mut again)?;
-        code.mov(ecx, 0x400)?;
-        code.set_label(&mut count)?;
-        code.inc(eax)?;
-        code.mov(ebp, eax)?;
-        code.and(ebp, FIELD - 1)?;
-        code.mov(dword_ptr(SCRATCH + 0x10_0000) + ebp * 4, eax)?;
-        code.dec(ecx)?;
-        code.jnz(count)?;
-        code.push(eax)?;
-        code.mov(al, bl)?;
-        code.print_al()?;
-        code.print(b'\n')?;
-        code.pop(eax)?;
-        let mut within = code.create_label();
-        code.inc(bl)?;
-        code.cmp(bl, u32::from(b'Z') + 1)?;
-        code.jne(within)?;
-        code.mov(bl, u32::from(b'A'))?;
-        code.set_label(&mut within)?;
-        code.jmp(again)
-    })
-    .unwrap()
-}
 
 #[test]
 fn guest_goes_on_in_another_process() {
@@ -67,7 +25,7 @@ fn guest_goes_on_in_another_process() {
     }
     let folder = tempfile::tempdir().unwrap();
     let [first, second] = ["first", "second"].map(|name| folder.path().join(name));
-    let kernel = counter();
+    let kernel = counter().unwrap();
     let kernel = kernel.path().to_str().unwrap();
     let mut vmm = Vmm::start(&["--kernel", kernel, "--memory", "size=64M"]).unwrap();
     vmm.process.wait_for("ready", SOON).unwrap();
@@ -99,94 +57,9 @@ fn said_until_the_end(mut vmm: Vmm) -> String {
     lines.filter(|line| line.len() == 1).collect()
 }
 
-/// Expects two snapshots to be the same, but for what changes with time, in vCPUs these parts.
-fn expect_same(first: &Path, second: &Path, with_time: &[&str]) {
-    assert!(fs::read(first.join("ram")).unwrap() == fs::read(second.join("ram")).unwrap());
-    let [before, after] = [first, second].map(|path| timeless_state(path, with_time));
-    for (name, before) in before.as_object().unwrap() {
-        assert!(
-            after[name] == *before,
-            "{name}: {before:#}, then {:#}",
-            after[name]
-        );
-    }
-}
-
-/// What `machine.json` says, but for what changes with time.
-fn timeless_state(path: &Path, with_time: &[&str]) -> Value {
-    let document = fs::read(path.join("machine.json")).unwrap();
-    let mut document: Value = serde_json::from_slice(&document).unwrap();
-    let mut state = document["state"].take();
-    state["clock"].take();
-    // The timer keeps when it was started.
-    state["chips"]["pit"].take();
-    for vcpu in state["vcpus"].as_array_mut().unwrap() {
-        for part in with_time {
-            vcpu[part].take();
-        }
-    }
-    state
-}
-
-/// Interrupts that have come: of the demo device, and of the timer.
-const INTERRUPTS: u32 = SCRATCH + 0x100;
+/// Interrupts of the timer that have come, and their vector.
 const TICKS: u32 = SCRATCH + 0x104;
-/// The first of three vectors of the demo device's, and that of the timer.
-const VECTOR: u8 = 0x60;
 const TIMER: u8 = 0x70;
-
-/// Has this CPU work with the demo device in configuration space at `device` for ever: it writes and reads a register,
-/// and has each of three vectors come. Says '.' every now and then, and '?' if something is not right.
-fn use_demo(code: &mut Code, device: u32, apic: u32) -> Result<(), IcedError> {
-    const REGISTER: i32 = 0x08;
-    const RAISE: i32 = 0x10;
-    // Memory space, bus master and no INTx.
-    code.store(device + 4, 0x406)?;
-    code.mov(ebp, dword_ptr(device + 0x10))?;
-    code.mov(edi, dword_ptr(device + 0x14))?;
-    for vector in 0..3 {
-        let entry = edi + vector * 16;
-        code.mov(dword_ptr(entry), LOCAL_APIC | apic << 12)?;
-        code.mov(dword_ptr(entry + 4), 0)?;
-        code.mov(dword_ptr(entry + 8), i32::from(VECTOR) + vector)?;
-        code.mov(dword_ptr(entry + 12), 0)?;
-    }
-    // MSI-X on.
-    code.store(device + 0xb0, 1 << 31)?;
-    let [mut again, mut quiet, mut wrong] = std::array::from_fn(|_| code.create_label());
-    code.xor(ebx, ebx)?;
-    code.xor(esi, esi)?;
-    code.set_label(&mut again)?;
-    code.inc(ebx)?;
-    code.mov(dword_ptr(ebp + REGISTER), ebx)?;
-    for vector in 0..3 {
-        code.inc(esi)?;
-        code.mov(dword_ptr(ebp + RAISE), vector)?;
-        let mut wait = code.create_label();
-        code.set_label(&mut wait)?;
-        code.pause()?;
-        code.cmp(dword_ptr(INTERRUPTS), esi)?;
-        code.jb(wait)?;
-        // Not one too many either.
-        code.ja(wrong)?;
-    }
-    code.cmp(dword_ptr(ebp + REGISTER), ebx)?;
-    code.jne(wrong)?;
-    code.test(ebx, 0xf)?;
-    code.jnz(quiet)?;
-    code.print_line(".")?;
-    code.set_label(&mut quiet)?;
-    code.jmp(again)?;
-    code.set_label(&mut wrong)?;
-    code.print_line("?")?;
-    code.halt()?;
-    for vector in VECTOR..VECTOR + 3 {
-        code.begin_handler(vector)?;
-        code.inc(dword_ptr(INTERRUPTS))?;
-        code.end_handler()?;
-    }
-    Ok(())
-}
 
 #[test]
 fn interrupts_and_timers_go_on() {
@@ -203,7 +76,7 @@ fn interrupts_and_timers_go_on() {
         ] {
             code.store(LOCAL_APIC + register, value)?;
         }
-        use_demo(code, FIRST_DEVICE, 0)?;
+        use_demo(code, FIRST_DEVICE, 0, say_dots)?;
         code.begin_handler(TIMER)?;
         code.inc(dword_ptr(TICKS))?;
         code.print_line("tick")?;
@@ -288,7 +161,7 @@ fn disk_and_demo_device_at_work_go_on_with_new_servers() {
     let kernel = disk_guest_beside(&jobs, |code| {
         code.allow_interrupts()?;
         code.mov(esp, SECOND_STACK)?;
-        use_demo(code, FIRST_DEVICE + (1 << 15), 1)
+        use_demo(code, FIRST_DEVICE + (1 << 15), 1, say_dots)
     })
     .unwrap();
     let folder = tempfile::tempdir().unwrap();

@@ -65,7 +65,10 @@ pub fn disk_guest(jobs: &[Job]) -> anyhow::Result<NamedTempFile> {
     guest(|code| {
         let fails = code.create_label();
         code.start_disk(fails)?;
-        run_all(code, jobs, fails)
+        begin(code)?;
+        run(code, jobs, fails)?;
+        code.halt()?;
+        end(code, fails)
     })
 }
 
@@ -81,22 +84,54 @@ pub fn disk_guest_beside(
         let (fails, mut entry) = (code.create_label(), code.create_label());
         code.start_disk(fails)?;
         code.start_second_cpu(entry)?;
-        run_all(code, jobs, fails)?;
+        begin(code)?;
+        run(code, jobs, fails)?;
+        code.halt()?;
+        end(code, fails)?;
         code.set_label(&mut entry)?;
         second(code)
     })
 }
 
-fn run_all(code: &mut Code, jobs: &[Job], mut fails: CodeLabel) -> Result<(), IcedError> {
-    // Nothing has been made available or used yet.
+/// As [`disk_guest_beside`], with a first CPU that begins again with the first job when it has done the last.
+///
+/// # Errors
+/// As of [`guest()`].
+pub fn endless_disk_guest_beside(
+    jobs: &[Job],
+    second: impl FnOnce(&mut Code) -> Result<(), IcedError>,
+) -> anyhow::Result<NamedTempFile> {
+    guest(|code| {
+        let [fails, mut again, mut entry] = std::array::from_fn(|_| code.create_label());
+        code.start_disk(fails)?;
+        code.start_second_cpu(entry)?;
+        begin(code)?;
+        code.set_label(&mut again)?;
+        run(code, jobs, fails)?;
+        code.jmp(again)?;
+        end(code, fails)?;
+        code.set_label(&mut entry)?;
+        second(code)
+    })
+}
+
+/// Nothing has been made available or used yet.
+fn begin(code: &mut Code) -> Result<(), IcedError> {
     code.sub(eax, eax)?;
     code.sub(ebx, ebx)?;
-    code.store(TOLD, 0)?;
+    code.store(TOLD, 0)
+}
+
+fn run(code: &mut Code, jobs: &[Job], fails: CodeLabel) -> Result<(), IcedError> {
     for job in jobs {
         job.prepare(code)?;
         job.run(code, fails)?;
     }
-    code.halt()?;
+    Ok(())
+}
+
+/// What is behind all jobs: where the guest goes when one fails, and the handler of the disk's interrupt.
+fn end(code: &mut Code, mut fails: CodeLabel) -> Result<(), IcedError> {
     code.set_label(&mut fails)?;
     code.print(FAILED)?;
     code.halt()?;

@@ -2,6 +2,8 @@
 //!
 //! They run in 32-bit protected mode without paging, and on any KVM, one that only emulates included.
 
+pub mod counter;
+pub mod demo;
 pub mod disk;
 mod pci;
 mod virtio;
