@@ -7,6 +7,7 @@
 mod accesses;
 mod api;
 mod bare;
+mod client;
 mod device;
 mod disk;
 mod measurement;
@@ -59,9 +60,10 @@ struct Run {
 }
 
 /// What is measured, in the order of the report.
-const FAMILIES: [(&str, Family); 4] = [
+const FAMILIES: [(&str, Family); 5] = [
     ("start", start::measure),
     ("accesses", accesses::measure),
+    ("client", client::measure),
     ("api", api::measure),
     ("disk", disk::measure),
 ];
