@@ -149,18 +149,16 @@ pub(crate) fn measure(bench: &mut Bench) -> anyhow::Result<()> {
             job.requests /= if bench.quick { 4 } else { 1 };
             let case = if direct { "direct" } else { "page cache" };
             let results = run_both(bench, job, image.path(), direct)?;
-            let mut speed = results.measurement(&kind.speed, |run| {
+            let speed = results.measurement(&kind.speed, |run| {
                 if job.length == 4096 {
                     1e3 / run.time
                 } else {
                     1e6 / run.time
                 }
             });
-            speed.case = Some(case.into());
-            bench.add(speed);
-            let mut cost = results.measurement(&CPU, |run| run.cpu);
-            cost.case = Some(format!("{}, {case}", kind.cpu));
-            costs.push(cost);
+            bench.add(speed.in_case(case));
+            let cost = results.measurement(&CPU, |run| run.cpu);
+            costs.push(cost.in_case(&format!("{}, {case}", kind.cpu)));
             bench.failed(kind.speed.key, results.failures);
         }
     }

@@ -10,8 +10,11 @@ mod bare;
 mod client;
 mod device;
 mod disk;
+mod http;
 mod measurement;
+mod migration;
 mod placement;
+mod plain_copy;
 mod program;
 mod programs;
 mod report;
@@ -60,11 +63,12 @@ struct Run {
 }
 
 /// What is measured, in the order of the report.
-const FAMILIES: [(&str, Family); 5] = [
+const FAMILIES: [(&str, Family); 6] = [
     ("start", start::measure),
     ("accesses", accesses::measure),
     ("client", client::measure),
     ("api", api::measure),
+    ("migration", migration::measure),
     ("disk", disk::measure),
 ];
 

@@ -49,6 +49,14 @@ pub(crate) enum Verdict {
 }
 
 impl Measurement {
+    /// The same, as one of several cases.
+    pub(crate) fn in_case(self, case: &str) -> Self {
+        Self {
+            case: Some(case.to_owned()),
+            ..self
+        }
+    }
+
     /// Whom ours can be compared with: peers by their names, and then the limit.
     pub(crate) fn others(&self) -> impl Iterator<Item = (&str, &Series)> {
         let peers = self

@@ -1,34 +1,48 @@
 //! A program while it is measured.
 
-use std::fs;
-use std::io::Read;
+use std::fs::{self, File};
+use std::io::{Read, Seek};
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdout, Command, Stdio};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, bail};
+use anyhow::{Context, anyhow, bail};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+
+/// How long a guest may say nothing. Peers that hang are to be left behind.
+const PATIENCE: Timespec = Timespec {
+    tv_sec: 20,
+    tv_nsec: 0,
+};
 
 /// A process that does not outlive its measurement.
 pub(crate) struct Running {
     child: Child,
-    output: ChildStdout,
+    output: Option<ChildStdout>,
+    /// What the VMM says of itself.
+    errors: File,
     pub(crate) started: Instant,
 }
 
 impl Running {
     /// Starts a program.
     pub(crate) fn start(command: &mut Command) -> anyhow::Result<Self> {
+        let errors = tempfile::tempfile()?;
+        let stderr = errors.try_clone()?;
         let started = Instant::now();
         let mut child = command
+            // Cloud Hypervisor's sandbox ends it when it would say where an error came from.
+            .env_remove("RUST_BACKTRACE")
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
-            .stderr(Stdio::null())
+            .stderr(stderr)
             .spawn()
             .with_context(|| format!("starting {}", command.get_program().display()))?;
-        let output = child.stdout.take().context("no output")?;
+        let output = child.stdout.take();
         Ok(Self {
             child,
             output,
+            errors,
             started,
         })
     }
@@ -39,18 +53,29 @@ impl Running {
         character: u8,
         failure: Option<u8>,
     ) -> anyhow::Result<Instant> {
-        let mut byte = [0];
-        loop {
-            if self.output.read(&mut byte)? == 0 {
-                bail!("the guest ended without {:?}", char::from(character));
-            }
-            if byte == [character] {
-                return Ok(Instant::now());
-            }
-            if failure.is_some_and(|failure| byte == [failure]) {
-                bail!("the guest found something wrong");
-            }
+        let output = self.output.as_mut().context("somebody else listens")?;
+        match wait_for(output, |byte| byte == character || Some(byte) == failure) {
+            Ok((byte, at)) if byte == character => Ok(at),
+            Ok(_) => bail!("the guest found something wrong"),
+            Err(error) => Err(self.explain(error)),
         }
+    }
+
+    /// Adds to an error what the program last said.
+    pub(crate) fn explain(&mut self, error: anyhow::Error) -> anyhow::Error {
+        let mut said = Vec::new();
+        let read = self.errors.rewind();
+        let read = read.and_then(|()| self.errors.read_to_end(&mut said));
+        let said = String::from_utf8_lossy(&said);
+        match (read, said.lines().last()) {
+            (Ok(_), Some(last)) => anyhow!("{error:#}; the VMM said: {last}"),
+            _ => error,
+        }
+    }
+
+    /// What the guest says from now on, for somebody else to listen to.
+    pub(crate) fn take_output(&mut self) -> anyhow::Result<ChildStdout> {
+        self.output.take().context("somebody else listens")
     }
 
     /// Its folder in /proc.
@@ -66,6 +91,27 @@ impl Running {
             Ok(stat.cpu_time)
         });
         times.sum()
+    }
+}
+
+/// Waits for a character that is waited for, and returns when it came.
+pub(crate) fn wait_for(
+    output: &mut ChildStdout,
+    is_it: impl Fn(u8) -> bool,
+) -> anyhow::Result<(u8, Instant)> {
+    loop {
+        let mut fds = [PollFd::new(&*output, PollFlags::IN)];
+        if poll(&mut fds, Some(&PATIENCE))? == 0 {
+            bail!("the guest says nothing");
+        }
+        let mut byte = [0];
+        if output.read(&mut byte)? == 0 {
+            bail!("the guest ended before it said what it should");
+        }
+        let [byte] = byte;
+        if is_it(byte) {
+            return Ok((byte, Instant::now()));
+        }
     }
 }
 
