@@ -3,7 +3,7 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use devices::{Migration, Passthrough};
+use devices::{BackendError, Migration, Passthrough};
 
 use crate::layout::PAGE_SIZE;
 use crate::machine::Machine;
@@ -14,7 +14,7 @@ use crate::memory::written::Pages;
 pub(super) struct DeviceLogs<'m> {
     ram: Vec<Range<u64>>,
     logs: Vec<DeviceLog<'m>>,
-    /// The ids of the devices that log nothing: all RAM counts as written by them, always.
+    /// The ids of the devices whose log there is not, or not any more: all RAM counts as written by them, always.
     without: Vec<String>,
 }
 
@@ -29,12 +29,9 @@ struct DeviceLog<'m> {
 impl<'m> DeviceLogs<'m> {
     /// Has every device log what it writes from now on.
     pub(super) fn start(machine: &'m Machine) -> Self {
+        let ranges = || machine.memory.regions().map(|region| region.range);
         let mut started = Self {
-            ram: machine
-                .memory
-                .regions()
-                .map(|region| region.range)
-                .collect(),
+            ram: ranges().collect(),
             logs: Vec::new(),
             without: Vec::new(),
         };
@@ -57,6 +54,8 @@ impl<'m> DeviceLogs<'m> {
                 }
             }
         }
+        // Some kernels log for a device and cannot tell what (they lack CONFIG_IOMMUFD_DRIVER).
+        started.add_to(&mut Pages::none(ranges()));
         started
     }
 
@@ -65,46 +64,44 @@ impl<'m> DeviceLogs<'m> {
         &self.without
     }
 
-    /// Adds what they have written since the last time.
-    pub(super) fn add_to(&self, pages: &mut Pages) {
-        for range in &self.ram {
-            if !self.without.is_empty() {
-                pages.add(range);
-                continue;
+    /// Adds what they have written since the last time. A device whose log cannot be had is one without from then on.
+    pub(super) fn add_to(&mut self, pages: &mut Pages) {
+        let Self { ram, logs, without } = self;
+        logs.retain(|log| match log.add_to(ram, pages) {
+            Ok(()) => true,
+            Err(error) => {
+                let id = log.device.id();
+                log::warn!("{id}: its log of what it writes to memory is lost: {error}");
+                log.stop();
+                without.push(id.to_owned());
+                false
             }
-            for DeviceLog {
-                device,
-                migration,
-                page_size,
-            } in &self.logs
-            {
-                match migration.dirty(range.clone(), *page_size) {
-                    Ok(log) => pages.add_log(range.start, *page_size, &log),
-                    Err(error) => {
-                        log::warn!(
-                            "{}: its log of what it wrote to memory is lost, and all of it is copied: {error}",
-                            device.id()
-                        );
-                        pages.add(range);
-                    }
-                }
-            }
+        });
+        if !without.is_empty() {
+            ram.iter().for_each(|range| pages.add(range));
+        }
+    }
+}
+
+impl DeviceLog<'_> {
+    fn add_to(&self, ram: &[Range<u64>], pages: &mut Pages) -> Result<(), BackendError> {
+        for range in ram {
+            let log = self.migration.dirty(range.clone(), self.page_size)?;
+            pages.add_log(range.start, self.page_size, &log);
+        }
+        Ok(())
+    }
+
+    fn stop(&self) {
+        if let Err(error) = self.migration.stop_dirty() {
+            let id = self.device.id();
+            log::warn!("{id}: it goes on to log what it writes to memory: {error}");
         }
     }
 }
 
 impl Drop for DeviceLogs<'_> {
     fn drop(&mut self) {
-        for DeviceLog {
-            device, migration, ..
-        } in &self.logs
-        {
-            if let Err(error) = migration.stop_dirty() {
-                log::warn!(
-                    "{}: it goes on to log what it writes to memory: {error}",
-                    device.id()
-                );
-            }
-        }
+        self.logs.iter().for_each(DeviceLog::stop);
     }
 }

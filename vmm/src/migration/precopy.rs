@@ -44,7 +44,7 @@ impl<'m> Tracking<'m> {
     }
 
     /// What has been written since the last time.
-    pub(super) fn take(&self) -> Result<Pages, SendError> {
+    pub(super) fn take(&mut self) -> Result<Pages, SendError> {
         let mut pages = self.written.take()?;
         self.devices.add_to(&mut pages);
         Ok(pages)
@@ -58,7 +58,7 @@ impl<'m> Tracking<'m> {
 /// Copies until what is left can be sent within the time that the guest may stand still. What has been written meanwhile is
 /// still to be taken from `tracking`.
 pub(super) fn copy(
-    tracking: &Tracking<'_>,
+    tracking: &mut Tracking<'_>,
     lanes: &Lanes,
     devices: &Early<'_>,
     control: &mut Stream,
@@ -76,12 +76,12 @@ pub(super) fn copy(
     let mut policy = Policy::new(goal);
     let began = Instant::now();
     let mut pages = tracking.all();
-    if !tracking.devices.without().is_empty() {
-        return sample(tracking, lanes, &mut policy, request, task);
-    }
     let mut brake = Brake::new(tracking.machine.vcpus.clone());
     let mut fresh = true;
     loop {
+        if !tracking.devices.without().is_empty() {
+            return sample(tracking, lanes, &mut policy, request, task);
+        }
         let round = Instant::now();
         task.update(|progress| {
             progress.rounds += 1;

@@ -169,8 +169,8 @@ fn transfer(
     let lanes = Lanes::open(route, id, request.connections, task)?;
     task.enter(Phase::Precopy);
     let early = Early::start(machine)?;
-    let tracking = Tracking::start(machine)?;
-    let left = precopy::copy(&tracking, &lanes, &early, control, request, task)?;
+    let mut tracking = Tracking::start(machine)?;
+    let left = precopy::copy(&mut tracking, &lanes, &early, control, request, task)?;
 
     let mut downtime = Downtime::begin();
     // What follows, whatever goes wrong has the VM go on.
