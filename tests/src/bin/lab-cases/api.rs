@@ -8,7 +8,7 @@ use std::time::Instant;
 use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
 use tests::api::{self, Answer};
-use tests::lab::{Case, Process, SOON};
+use tests::lab::{Case, Host, Process, SOON};
 
 /// The API of a VMM.
 #[derive(Debug)]
@@ -25,9 +25,14 @@ impl Api {
         &self.0
     }
 
-    /// Starts a VMM that serves it, and has no VM.
-    pub(crate) fn start(&self, case: &Case<'_>) -> Result<Process> {
-        let vmm = case.start(case.outrigger().arg("--api-socket").arg(&self.0))?;
+    /// Starts a VMM that serves it, and has no VM, here or on another host.
+    pub(crate) fn start(&self, case: &Case<'_>, host: Option<&Host>) -> Result<Process> {
+        let mut command = case.outrigger();
+        command.args(["--no-shutdown", "--api-socket"]).arg(&self.0);
+        if let Some(host) = host {
+            command = host.command(&command);
+        }
+        let vmm = case.start(&mut command)?;
         let deadline = Instant::now() + SOON;
         while let Err(error) = UnixStream::connect(&self.0) {
             ensure!(Instant::now() < deadline, "no API: {error}");
@@ -65,5 +70,22 @@ impl Api {
         self.put("vm.snapshot", &json!({"destination_url": url}))
             .context("saving")?;
         Ok(paused)
+    }
+
+    /// Waits until the guest has powered off, and ends the VMM, which has stayed.
+    pub(crate) fn end_after_power_off(&self, vmm: &mut Process) -> Result<()> {
+        let deadline = Instant::now() + SOON;
+        while self.get("vm.info")?["state"] == "Running" {
+            ensure!(Instant::now() < deadline, "it does not power off");
+        }
+        self.end(vmm)
+    }
+
+    /// Ends the VMM.
+    pub(crate) fn end(&self, vmm: &mut Process) -> Result<()> {
+        self.put("vmm.shutdown", &Value::Null)?;
+        let exit = vmm.wait(SOON)?;
+        ensure!(exit.status.success(), "after vmm.shutdown: {}", exit.status);
+        Ok(())
     }
 }

@@ -10,8 +10,10 @@ mod debian;
 mod disk;
 mod endings;
 mod iommufd;
+mod migrate;
 mod no_kvm;
 mod passthrough;
+mod ping;
 mod refusals;
 mod serial;
 mod servers;
@@ -94,6 +96,8 @@ fn main() -> ExitCode {
     suite.run("cards", card::all);
     suite.run("snapshot", snapshot::under_load);
     suite.run("snapshot-host-devices", snapshot::of_host_devices);
+    suite.run("migrate", migrate::there_and_back);
+    suite.run("migrate-host-devices", migrate::host_devices);
     suite.run("cost-beside-qemu", cost::beside_qemu);
     // Debian's kernels have none: see `make test-iommufd`.
     if iommufd::is_there() {

@@ -94,7 +94,7 @@ pub(crate) fn of_host_devices(case: &mut Case<'_>) -> Result<()> {
     };
 
     let mttys = [mtty(7)?, mtty(8)?];
-    let mut vm = other_api.start(case)?;
+    let mut vm = other_api.start(case, None)?;
     let numbered = (0..).zip(&mttys);
     let devices: Vec<_> = numbered
         .map(|(number, mtty)| json!({"id": format!("mtty{number}"), "path": mtty.path()}))
@@ -106,9 +106,7 @@ pub(crate) fn of_host_devices(case: &mut Case<'_>) -> Result<()> {
     let dead = vm.lines().iter().find(|line| line.text.contains(" dead "));
     ensure!(dead.is_none(), "{dead:?}");
     vm.signal(Signal::POWER)?;
-    let exit = vm.wait(SOON)?;
-    ensure!(exit.status.success(), "after power off: {}", exit.status);
-    Ok(())
+    other_api.end_after_power_off(&mut vm)
 }
 
 fn mtty(number: u8) -> Result<Mtty> {
