@@ -55,6 +55,7 @@ pub(crate) fn copy(
     let next = AtomicU64::new(0);
     let work = || -> io::Result<()> {
         let mut block = vec![0; BLOCK];
+        let mut extents = Extents::default();
         loop {
             let start = next.fetch_add(SHARE, Ordering::Relaxed);
             if start >= length {
@@ -62,7 +63,7 @@ pub(crate) fn copy(
             }
             let share = start..length.min(start + SHARE);
             let size = share.end - share.start;
-            copy_share(from, share, to, &mut block)
+            copy_share(from, share, to, &mut extents, &mut block)
                 .and_then(|()| progress(size))
                 // Nobody need begin another.
                 .inspect_err(|_| next.store(length, Ordering::Relaxed))?;
@@ -89,11 +90,12 @@ fn copy_share(
     from: &FilePart<'_>,
     share: Range<u64>,
     to: &impl Sink,
+    extents: &mut Extents,
     block: &mut [u8],
 ) -> io::Result<()> {
     let mut position = share.start;
     let at = |range: Range<u64>| from.start + range.start..from.start + range.end;
-    while let Some(extent) = next_extent(from.file, at(position..share.end))? {
+    while let Some(extent) = extents.next(from.file, at(position..share.end))? {
         let extent = extent.start - from.start..extent.end - from.start;
         position = extent.start;
         while position < extent.end {
@@ -110,20 +112,35 @@ fn copy_share(
     Ok(())
 }
 
-/// Where the next data is within `range` of a file, in whole pages; none if the rest is a hole.
-pub(crate) fn next_extent(file: &File, range: Range<u64>) -> io::Result<Option<Range<u64>>> {
-    if range.is_empty() {
-        return Ok(None);
+/// Where a file has data. Files that have had data somewhere have it for good: none of them is punched.
+#[derive(Debug, Default)]
+pub(crate) struct Extents {
+    /// The data that was found last. To find its end is the more work the longer it is, and is done once.
+    last: Range<u64>,
+}
+
+impl Extents {
+    /// Where the next data is within `range` of the file, the same each time, in whole pages; none if the rest is a hole.
+    pub(crate) fn next(
+        &mut self,
+        file: &File,
+        range: Range<u64>,
+    ) -> io::Result<Option<Range<u64>>> {
+        if range.is_empty() {
+            return Ok(None);
+        }
+        if !self.last.contains(&range.start) {
+            let data = match seek(file, SeekFrom::Data(range.start)) {
+                Ok(data) if data < range.end => data,
+                Ok(_) | Err(Errno::NXIO) => return Ok(None),
+                Err(error) => return Err(error.into()),
+            };
+            let hole = seek(file, SeekFrom::Hole(data))?;
+            self.last = data - data % PAGE_SIZE..hole.next_multiple_of(PAGE_SIZE);
+        }
+        let Range { start, end } = self.last;
+        Ok(Some(start.max(range.start)..end.min(range.end)))
     }
-    let data = match seek(file, SeekFrom::Data(range.start)) {
-        Ok(data) if data < range.end => data,
-        Ok(_) | Err(Errno::NXIO) => return Ok(None),
-        Err(error) => return Err(error.into()),
-    };
-    let hole = seek(file, SeekFrom::Hole(data))?;
-    let start = data - data % PAGE_SIZE;
-    let end = hole.next_multiple_of(PAGE_SIZE);
-    Ok(Some(start.max(range.start)..end.min(range.end)))
 }
 
 /// Writes the pages that are not all zeroes, neighbours together.

@@ -312,7 +312,7 @@ fn take_ram(mut lane: Stream, memory: &Memory, task: &Task) -> Result<(), WireEr
     loop {
         match wire::receive_head(&mut lane)? {
             (Kind::Pages, length) => {
-                ram::receive_stripe(&mut lane, length, memory, &mut buffer)?;
+                ram::receive_block(&mut lane, length, memory, &mut buffer)?;
                 task.update(|progress| progress.copied_bytes += u64::from(length));
             }
             (Kind::PagesEnd, _) => return Ok(()),

@@ -4,7 +4,7 @@ use std::io;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::thread;
 
-use super::ram::{self, Buffer, Sent};
+use super::ram::{self, Buffer, Outgoing, Sent};
 use super::stream::{ConnectError, Route, Stream};
 use super::wire::{self, Kind, MigrationId, Role};
 use crate::control::Task;
@@ -80,17 +80,20 @@ impl Lanes {
             return Ok(Sent::default());
         };
         let Lane { stream, buffer } = &mut *lane;
-        let regions: Vec<_> = load.machine.memory.regions().collect();
+        let regions = load.machine.memory.regions();
+        let mut regions: Vec<_> = regions
+            .map(|region| Outgoing::new(region, load.fresh))
+            .collect();
         let mut all = Sent::default();
         for (number, stripe, words) in self.stripes_of(index, load.pages) {
-            let Some(region) = regions.get(number) else {
+            let Some(region) = regions.get_mut(number) else {
                 break;
             };
             if let Some(log) = load.log {
                 let first = usize::try_from(stripe).unwrap_or(usize::MAX) * words.len();
                 log.clear(number, first, &words).map_err(io::Error::other)?;
             }
-            let sent = ram::send_stripe(stream, region, stripe, &words, load.fresh, buffer)?;
+            let sent = region.send_stripe(stream, stripe, &words, buffer)?;
             all = all + sent;
             task.update(|progress| {
                 progress.copied_bytes += sent.bytes();

@@ -1,34 +1,38 @@
-//! Guest RAM on its way: stripes of pages out of the source's memfds and into the destination's.
+//! Guest RAM on its way: stripes of pages out of the source's memfds and into the destination's, block by block.
 //!
 //! A stripe always takes the same connection, so an older content of a page never overtakes a newer one.
 
 use std::io::{self, Read, Write};
+use std::iter::Sum;
 use std::ops::{Add, Range};
 use std::os::unix::fs::FileExt;
 
 use zerocopy::{FromZeros, IntoBytes};
 
-use super::wire::{self, Kind, PagesHeader, STRIPE, STRIPE_WORDS, WireError};
+use super::wire::{self, BLOCK, Kind, PagesHeader, WireError};
 use crate::layout::PAGE_SIZE;
 use crate::memory::written::RegionPages;
 use crate::memory::{Memory, Region};
-use crate::sparse;
+use crate::sparse::{self, Extents};
 
 /// `PAGE_SIZE`, of memory.
 #[expect(clippy::cast_possible_truncation, reason = "it is small")]
 const PAGE: usize = PAGE_SIZE as usize;
+/// How much takes the same connection, in words with a bit for each page: 2 MiB, in which KVM is asked to log writes
+/// again.
+const STRIPE_WORDS: usize = 8;
 
-/// Room for the contents of a stripe.
+/// Room for the contents of a block.
 #[derive(Debug)]
 pub(super) struct Buffer(Box<[u8]>);
 
 impl Buffer {
     pub(super) fn new() -> Self {
-        Self(vec![0; STRIPE_WORDS * 64 * PAGE].into())
+        Self(vec![0; BLOCK as usize].into())
     }
 }
 
-/// What became of the pages of a stripe.
+/// What became of pages.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub(super) struct Sent {
     /// How many were sent with their contents.
@@ -41,6 +45,12 @@ impl Sent {
     /// How many bytes of contents were sent.
     pub(super) fn bytes(self) -> u64 {
         self.data * PAGE_SIZE
+    }
+}
+
+impl Sum for Sent {
+    fn sum<I: Iterator<Item = Self>>(all: I) -> Self {
+        all.fold(Self::default(), Self::add)
     }
 }
 
@@ -77,62 +87,103 @@ pub(super) fn stripes(pages: &RegionPages) -> impl Iterator<Item = (u64, Words)>
         .filter(|(_, words)| words.iter().any(|word| *word != 0))
 }
 
-/// Sends those pages of stripe number `stripe` of a region whose bits are set. What is a hole is still as the destination
-/// has made it, and so is what is zero if the destination's RAM is `fresh`: neither is mentioned.
-pub(super) fn send_stripe(
-    stream: &mut impl Write,
-    region: &Region<'_>,
-    stripe: u64,
-    words: &Words,
+/// A region of guest RAM on its way out.
+#[derive(Debug)]
+pub(super) struct Outgoing<'m> {
+    region: Region<'m>,
+    /// Whether the destination's RAM has nothing in it yet.
     fresh: bool,
-    buffer: &mut Buffer,
-) -> io::Result<Sent> {
-    let start = stripe * STRIPE;
-    let mut header = PagesHeader::new_zeroed();
-    header.address.set(region.range.start + start);
-    let mut length = 0;
-    for run in runs(words) {
-        let run = start + run.start * PAGE_SIZE..start + run.end * PAGE_SIZE;
-        let mut position = run.start;
-        while let Some(extent) = sparse::next_extent(region.file, position..run.end)? {
-            position = extent.end;
-            let first = length;
-            let size = usize::try_from(extent.end - extent.start).unwrap_or(usize::MAX);
-            let Some(data) = buffer.0.get_mut(first..first + size) else {
-                return Err(io::ErrorKind::InvalidInput.into());
-            };
-            region.file.read_exact_at(data, extent.start)?;
-            for index in 0..size / PAGE {
-                let page = (extent.start - start) / PAGE_SIZE + index as u64;
-                let at = first + index * PAGE;
-                let is_zero = buffer.0.get(at..at + PAGE).is_some_and(sparse::is_zero);
-                if !is_zero {
-                    buffer.0.copy_within(at..at + PAGE, length);
-                    length += PAGE;
-                    set(&mut header.data, page);
-                } else if !fresh {
-                    set(&mut header.zero, page);
+    /// What is a hole now may be data soon. So only data is remembered.
+    extents: Extents,
+}
+
+impl<'m> Outgoing<'m> {
+    pub(super) fn new(region: Region<'m>, fresh: bool) -> Self {
+        Self {
+            region,
+            fresh,
+            extents: Extents::default(),
+        }
+    }
+
+    /// Sends those pages of stripe number `stripe` whose bits are set. What is a hole is still as the destination has made
+    /// it, and so is what is zero if the destination's RAM is fresh: neither is mentioned.
+    pub(super) fn send_stripe(
+        &mut self,
+        stream: &mut impl Write,
+        stripe: u64,
+        words: &Words,
+        buffer: &mut Buffer,
+    ) -> io::Result<Sent> {
+        let blocks = (stripe * STRIPE_WORDS as u64..).zip(words);
+        let wanted = blocks.filter(|(_, word)| **word != 0);
+        wanted
+            .map(|(block, word)| self.send_block(stream, block, *word, buffer))
+            .sum()
+    }
+
+    fn send_block(
+        &mut self,
+        stream: &mut impl Write,
+        block: u64,
+        word: u64,
+        Buffer(buffer): &mut Buffer,
+    ) -> io::Result<Sent> {
+        let Self {
+            region,
+            fresh,
+            extents,
+        } = self;
+        let start = block * u64::from(BLOCK);
+        let mut header = PagesHeader::new_zeroed();
+        header.address.set(region.range.start + start);
+        let (mut data, mut zero) = (0, 0);
+        let mut length = 0;
+        for run in runs(word) {
+            let run = start + bytes(run.start)..start + bytes(run.end);
+            let mut position = run.start;
+            while let Some(extent) = extents.next(region.file, position..run.end)? {
+                position = extent.end;
+                let first = length;
+                let size = usize::try_from(extent.end - extent.start).unwrap_or(usize::MAX);
+                let Some(content) = buffer.get_mut(first..first + size) else {
+                    return Err(io::ErrorKind::InvalidInput.into());
+                };
+                region.file.read_exact_at(content, extent.start)?;
+                let pages = (extent.start - start) / PAGE_SIZE..;
+                for (page, at) in pages.zip((first..first + size).step_by(PAGE)) {
+                    let is_zero = buffer.get(at..at + PAGE).is_some_and(sparse::is_zero);
+                    if !is_zero {
+                        if at != length {
+                            buffer.copy_within(at..at + PAGE, length);
+                        }
+                        length += PAGE;
+                        data |= 1 << page;
+                    } else if !*fresh {
+                        zero |= 1 << page;
+                    }
                 }
             }
         }
+        if data | zero != 0 {
+            header.data.set(data);
+            header.zero.set(zero);
+            let content = buffer.get(..length).unwrap_or_default();
+            wire::send(stream, Kind::Pages, &[header.as_bytes(), content])?;
+        }
+        Ok(Sent {
+            data: data.count_ones().into(),
+            zero: zero.count_ones().into(),
+        })
     }
-    let sent = Sent {
-        data: (length / PAGE) as u64,
-        zero: count(&header.zero),
-    };
-    if sent != Sent::default() {
-        let data = buffer.0.get(..length).unwrap_or_default();
-        wire::send(stream, Kind::Pages, &[header.as_bytes(), data])?;
-    }
-    Ok(sent)
 }
 
 /// Receives what follows the head of a frame of pages, and writes it to RAM.
-pub(super) fn receive_stripe(
+pub(super) fn receive_block(
     stream: &mut impl Read,
     length: u32,
     memory: &Memory,
-    buffer: &mut Buffer,
+    Buffer(buffer): &mut Buffer,
 ) -> Result<(), WireError> {
     let mut header = PagesHeader::new_zeroed();
     let unexpected = |what: &str| Err(WireError::Unexpected(what.to_owned()));
@@ -140,17 +191,16 @@ pub(super) fn receive_stripe(
         return unexpected("pages without a header");
     };
     stream.read_exact(header.as_mut_bytes())?;
-    let (data, zero) = (header.data.map(Into::into), header.zero.map(Into::into));
-    if length as u64 != count(&header.data) * PAGE_SIZE {
+    let data = header.data.get();
+    if length != data.count_ones() as usize * PAGE {
         return unexpected("more or fewer pages than it announced");
     }
-    let Some(content) = buffer.0.get_mut(..length) else {
+    let Some(content) = buffer.get_mut(..length) else {
         return unexpected("more pages than there are");
     };
     stream.read_exact(content)?;
-    let address = header.address.get();
-    let write = |run: &Range<u64>, content: &[u8]| {
-        let at = address.saturating_add(run.start * PAGE_SIZE);
+    let write = |run: &Range<u32>, content: &[u8]| {
+        let at = header.address.get().saturating_add(bytes(run.start));
         memory
             .write(at, content)
             .map_err(|error| match error.kind() {
@@ -161,13 +211,13 @@ pub(super) fn receive_stripe(
             })
     };
     let mut rest = &*content;
-    for run in runs(&data) {
-        let size = usize::try_from(run.end - run.start).unwrap_or(0) * PAGE;
+    for run in runs(data) {
+        let size = run.len() * PAGE;
         let (content, others) = rest.split_at_checked(size).unwrap_or((rest, &[]));
         rest = others;
         write(&run, content)?;
     }
-    for run in runs(&zero) {
+    for run in runs(header.zero.get()) {
         for page in run {
             write(&(page..page + 1), &[0; PAGE])?;
         }
@@ -175,39 +225,21 @@ pub(super) fn receive_stripe(
     Ok(())
 }
 
-/// The runs of bits that are set, from the lowest of the first word on.
-fn runs(words: &Words) -> impl Iterator<Item = Range<u64>> {
-    let is_set = |bit: u64| {
-        let word = usize::try_from(bit / 64)
-            .ok()
-            .and_then(|index| words.get(index));
-        word.is_some_and(|word| word >> (bit % 64) & 1 != 0)
-    };
-    let bits = STRIPE / PAGE_SIZE;
-    let mut next = 0;
+/// The runs of bits that are set, from the lowest on.
+fn runs(word: u64) -> impl Iterator<Item = Range<u32>> {
+    let mut rest = word;
     std::iter::from_fn(move || {
-        let start = (next..bits).find(|bit| is_set(*bit))?;
-        let end = (start..bits).find(|bit| !is_set(*bit)).unwrap_or(bits);
-        next = end;
+        let start = rest.trailing_zeros();
+        let ones = rest.checked_shr(start)?.trailing_ones();
+        let end = start + ones;
+        rest &= u64::MAX.checked_shl(end).unwrap_or(0);
         Some(start..end)
     })
 }
 
-type Bits = [zerocopy::little_endian::U64; STRIPE_WORDS];
-
-fn set(bits: &mut Bits, page: u64) {
-    let word = usize::try_from(page / 64)
-        .ok()
-        .and_then(|index| bits.get_mut(index));
-    if let Some(word) = word {
-        word.set(word.get() | 1 << (page % 64));
-    }
-}
-
-fn count(bits: &Bits) -> u64 {
-    bits.iter()
-        .map(|word| u64::from(word.get().count_ones()))
-        .sum()
+/// How many bytes so many pages have.
+fn bytes(pages: u32) -> u64 {
+    u64::from(pages) * PAGE_SIZE
 }
 
 #[cfg(test)]
@@ -218,18 +250,14 @@ mod tests {
 
     #[test]
     fn runs_are_told() {
-        let mut words = [0; STRIPE_WORDS];
-        assert_eq!(runs(&words).count(), 0);
-        words[0] = 0b1101 | 1 << 63;
-        words[1] = 1;
-        words[7] = 1 << 63;
-        let expected = [0..1, 2..4, 63..65, 511..512];
-        assert_eq!(runs(&words).collect::<Vec<_>>(), expected);
-        let mut all = runs(&[u64::MAX; STRIPE_WORDS]);
-        assert_eq!((all.next(), all.next()), (Some(0..512), None));
+        assert_eq!(runs(0).count(), 0);
+        let expected = [0..1, 2..4, 63..64];
+        assert_eq!(runs(0b1101 | 1 << 63).collect::<Vec<_>>(), expected);
+        let mut all = runs(u64::MAX);
+        assert_eq!((all.next(), all.next()), (Some(0..64), None));
     }
 
-    const RAM: u64 = 4 * STRIPE;
+    const RAM: u64 = 8 << 20;
     const RAM_PAGES: usize = 2048;
 
     fn memory() -> Memory {
@@ -251,7 +279,7 @@ mod tests {
         while !wire.is_empty() {
             let (kind, length) = wire::receive_head(&mut wire)?;
             assert_eq!(kind, Kind::Pages);
-            receive_stripe(&mut wire, length, memory, &mut buffer)?;
+            receive_block(&mut wire, length, memory, &mut buffer)?;
         }
         Ok(())
     }
@@ -276,7 +304,8 @@ mod tests {
             let mut wire = Vec::new();
             let mut buffer = Buffer::new();
             for (stripe, words) in (0..).zip(&words) {
-                send_stripe(&mut wire, &region(&from), stripe, words, false, &mut buffer).unwrap();
+                let mut outgoing = Outgoing::new(region(&from), false);
+                outgoing.send_stripe(&mut wire, stripe, words, &mut buffer).unwrap();
             }
             receive(&wire, &to).unwrap();
             for page in 0..2048_usize {
@@ -298,7 +327,8 @@ mod tests {
         let mut buffer = Buffer::new();
         let mut send = |stripe, fresh| {
             let mut wire = Vec::new();
-            let sent = send_stripe(&mut wire, &region(&from), stripe, words, fresh, &mut buffer);
+            let mut outgoing = Outgoing::new(region(&from), fresh);
+            let sent = outgoing.send_stripe(&mut wire, stripe, words, &mut buffer);
             (sent.unwrap(), wire.len())
         };
         let (sent, _) = send(0, true);
@@ -315,8 +345,8 @@ mod tests {
         let frame = |address: u64, data: u64, zero: u64, pages: usize| {
             let mut header = PagesHeader::new_zeroed();
             header.address.set(address);
-            header.data[0].set(data);
-            header.zero[0].set(zero);
+            header.data.set(data);
+            header.zero.set(zero);
             let mut wire = Vec::new();
             let content = vec![1; pages * PAGE];
             wire::send(&mut wire, Kind::Pages, &[header.as_bytes(), &content]).unwrap();

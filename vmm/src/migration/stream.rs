@@ -1,6 +1,6 @@
 //! Connections between the two ends, over whatever they go.
 
-use std::io::{self, Read, Write};
+use std::io::{self, IoSlice, Read, Write};
 use std::net::{TcpListener, TcpStream, ToSocketAddrs};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -349,6 +349,15 @@ impl Write for Stream {
             Socket::Unix(stream) => stream.write(bytes),
             Socket::TlsClient(stream) => stream.write(bytes),
             Socket::TlsServer(stream) => stream.write(bytes),
+        })
+    }
+
+    fn write_vectored(&mut self, slices: &[IoSlice<'_>]) -> io::Result<usize> {
+        self.wait(|socket| match socket {
+            Socket::Tcp(stream) => stream.write_vectored(slices),
+            Socket::Unix(stream) => stream.write_vectored(slices),
+            Socket::TlsClient(stream) => stream.write_vectored(slices),
+            Socket::TlsServer(stream) => stream.write_vectored(slices),
         })
     }
 

@@ -6,7 +6,7 @@
 //! Nothing that a peer says is believed: a length is compared with what the kind can have before a byte of it is read.
 
 use std::fmt::{self, Display};
-use std::io::{self, BufWriter, Read, Write};
+use std::io::{self, IoSlice, Read, Write};
 
 use rustix::io::retry_on_intr;
 use rustix::rand::{GetRandomFlags, getrandom};
@@ -206,24 +206,23 @@ impl Kind {
     }
 }
 
-/// Which pages of guest RAM a frame has: those of [`STRIPE`] bytes from an address on, a bit for each.
+/// Which pages of guest RAM a frame has: those of [`BLOCK`] bytes from an address on, a bit for each.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, FromBytes, IntoBytes, KnownLayout, Immutable)]
 #[repr(C)]
 pub(super) struct PagesHeader {
-    /// The guest physical address of the first, a multiple of [`STRIPE`].
+    /// The guest physical address of the first.
     pub(super) address: U64,
     /// Those whose contents follow, in the order of their addresses.
-    pub(super) data: [U64; STRIPE_WORDS],
+    pub(super) data: U64,
     /// Those that are all zeroes.
-    pub(super) zero: [U64; STRIPE_WORDS],
+    pub(super) zero: U64,
 }
 
-/// How much of guest RAM a frame can have, in bytes.
-pub(super) const STRIPE: u64 = 2 << 20;
-/// How many words have a bit for each of a stripe's pages.
-pub(super) const STRIPE_WORDS: usize = 8;
-/// A [`PagesHeader`] and all pages of a stripe.
-const MAX_PAGES: u32 = (2 << 20) + 8 + 2 * 64;
+/// How much of guest RAM a frame can have, in bytes: a word has a bit for each of its pages, and the CPU's cache holds it
+/// between one end of the copying and the other.
+pub(super) const BLOCK: u32 = 256 << 10;
+/// A [`PagesHeader`] and all pages of a block.
+const MAX_PAGES: u32 = BLOCK + 24;
 
 #[derive(Debug, Clone, Copy, FromBytes, IntoBytes, KnownLayout, Immutable)]
 #[repr(C)]
@@ -243,13 +242,24 @@ pub(super) fn send(stream: &mut impl Write, kind: Kind, parts: &[&[u8]]) -> io::
         kind: U32::new(kind as u32),
         length: length.into(),
     };
-    // Small parts go out in one piece.
-    let mut stream = BufWriter::with_capacity(512, stream);
-    stream.write_all(header.as_bytes())?;
-    for part in parts {
-        stream.write_all(part)?;
-    }
+    let mut slices = vec![IoSlice::new(header.as_bytes())];
+    slices.extend(parts.iter().map(|part| IoSlice::new(part)));
+    write_all(stream, &mut slices)?;
     stream.flush()
+}
+
+/// Writes all of several slices, as one piece if they are short.
+fn write_all(stream: &mut impl Write, mut slices: &mut [IoSlice<'_>]) -> io::Result<()> {
+    // (Those that are empty at the end would never be written.)
+    while slices.iter().any(|slice| !slice.is_empty()) {
+        match stream.write_vectored(slices) {
+            Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
+            Ok(written) => IoSlice::advance_slices(&mut slices, written),
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(())
 }
 
 /// Receives the head of a frame: its kind and the length of what follows.
