@@ -1,7 +1,21 @@
 //! What is said between the two ends of a migration, byte by byte.
 //!
-//! Each connection begins with a [`Hello`]. After it come frames: a kind, the length of what follows, both 32 bits, and
-//! that. All numbers are little-endian. One connection is for control, in both directions; guest RAM has others, in one.
+//! Each connection is opened by the source and begins with a hello of 36 bytes: `outriggr`, this version of the protocol and
+//! the oldest that is spoken, too (32 bits each), what the connection is for (32 bits), and the migration's name (16 bytes).
+//! After it come frames: a kind, the length of what follows, both 32 bits, and that. All numbers are little-endian.
+//!
+//! | connection | to the destination | to the source |
+//! |---|---|---|
+//! | control | `Machine` | `Ready`, when there is a machine like it |
+//! | | `DeviceData`... | |
+//! | | `State` | `Prepared`, when nothing can fail any more |
+//! | | `Commit` | `Committed`, when the VM runs |
+//! | | `Heard` | |
+//! | memory, 1 to 16 of them | `Pages`..., `PagesEnd` | |
+//! | question | | `Committed`, `Refused` or `Unknown` |
+//!
+//! Either end says `Refused`, with a reason, instead of what comes next, when it does not go on. What each of them makes of
+//! what it hears, and of hearing nothing, is in [`commit`](super::commit).
 //!
 //! Nothing that a peer says is believed: a length is compared with what the kind can have before a byte of it is read.
 
