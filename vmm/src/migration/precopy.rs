@@ -5,7 +5,7 @@ use std::io;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use devices::{DeviceState, MigrationFlags, Next, Passthrough};
+use devices::{DeviceState, MigrationFlags, Passthrough};
 
 use super::brake::Brake;
 use super::device_logs::DeviceLogs;
@@ -60,7 +60,7 @@ impl<'m> Tracking<'m> {
 pub(super) fn copy(
     tracking: &mut Tracking<'_>,
     lanes: &Lanes,
-    devices: &Early<'_>,
+    devices: &mut Early<'_>,
     control: &mut Stream,
     request: &SendRequest,
     task: &Task,
@@ -169,7 +169,15 @@ fn sample(
 /// is dropped.
 #[derive(Debug)]
 pub(super) struct Early<'m> {
-    devices: Vec<(u32, &'m Arc<Passthrough>)>,
+    devices: Vec<EarlyDevice<'m>>,
+}
+
+#[derive(Debug)]
+struct EarlyDevice<'m> {
+    index: u32,
+    device: &'m Arc<Passthrough>,
+    /// How much it gave away the last time, in bytes.
+    last: u64,
 }
 
 impl<'m> Early<'m> {
@@ -186,40 +194,47 @@ impl<'m> Early<'m> {
                         id: device.id().to_owned(),
                         source,
                     })?;
-                early.devices.push((index, device));
+                early.devices.push(EarlyDevice {
+                    index,
+                    device,
+                    last: 0,
+                });
             }
         }
         Ok(early)
     }
 
     /// Sends what they have for now, and returns how many bytes that was.
-    fn read(&self, control: &mut Stream, task: &Task) -> Result<u64, SendError> {
+    fn read(&mut self, control: &mut Stream, task: &Task) -> Result<u64, SendError> {
         let mut all = 0;
-        for (index, device) in &self.devices {
-            let mut sent = |piece: &[u8]| send_piece(control, *index, piece);
-            let (bytes, next) = device_data::read_some(device, DEVICE_SHARE, &mut sent)?;
-            if next == Next::End {
-                log::debug!(
-                    "{}: it says that it is at its end while it runs",
-                    device.id()
-                );
-            }
+        for EarlyDevice {
+            index,
+            device,
+            last,
+        } in &mut self.devices
+        {
+            let send = |piece: &[u8]| send_piece(control, *index, piece);
+            let (bytes, _) = device_data::read_some(device, DEVICE_SHARE, send)?;
+            *last = bytes;
             all += bytes;
             tell_of_device(device, bytes, task);
         }
         Ok(all)
     }
 
-    /// How many bytes they still have, as far as they can say.
+    /// How many bytes they still have. Of one that cannot say, as many as it gave away the last time.
     fn remaining(&self) -> u64 {
-        let remaining = |(_, device): &(u32, &Arc<Passthrough>)| device.migration()?.remaining();
+        let remaining = |early: &EarlyDevice<'_>| {
+            let said = early.device.migration()?.remaining();
+            Some(said.unwrap_or(early.last))
+        };
         self.devices.iter().filter_map(remaining).sum()
     }
 }
 
 impl Drop for Early<'_> {
     fn drop(&mut self) {
-        for (_, device) in &self.devices {
+        for EarlyDevice { device, .. } in &self.devices {
             let state = device.migration().map(devices::Migration::state);
             if !matches!(state, Some(Ok(DeviceState::PreCopy))) {
                 continue;

@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 use super::commit::{Source, SourceInput};
 use super::lanes::{Lanes, Load};
 use super::precopy::{self, Early, Tracking, microseconds};
-use super::stream::{ConnectError, Route, Stream};
+use super::stream::{ConnectError, PATIENCE, Route, Stream};
 use super::wire::{self, Kind, MigrationId, Role, WireError};
 use crate::control::{ControlError, Order, Phase, Resolution, SendRequest, Task};
 use crate::machine::device_data::{self, DeviceDataError};
@@ -168,15 +168,17 @@ fn transfer(
 ) -> Result<Departed, SendError> {
     let lanes = Lanes::open(route, id, request.connections, task)?;
     task.enter(Phase::Precopy);
-    let early = Early::start(machine)?;
+    let mut early = Early::start(machine)?;
     let mut tracking = Tracking::start(machine)?;
-    let left = precopy::copy(&mut tracking, &lanes, &early, control, request, task)?;
+    let left = precopy::copy(&mut tracking, &lanes, &mut early, control, request, task)?;
 
     let mut downtime = Downtime::begin();
     // What follows, whatever goes wrong has the VM go on.
     let paused = Paused::pause(machine)?;
     downtime.has_done("pause");
     task.enter(Phase::StopAndCopy);
+    // A destination that hangs from now on keeps the guest waiting.
+    control.set_patience(Some(PATIENCE));
     let frozen = machine.freeze()?;
     downtime.has_done("devices");
     let mut pages = tracking.take()?;
