@@ -199,6 +199,8 @@ mod tests {
 
     use proptest::prelude::*;
 
+    use crate::test_machine::{Guest, Machine, ROUNDS, Rest, Timer, has_kvm};
+
     const REGIONS: [Range<u64>; 2] = [0..0x100_0000, 0x1_0000_0000..0x1_0010_3000];
 
     fn addresses(pages: &Pages) -> BTreeSet<u64> {
@@ -229,6 +231,50 @@ mod tests {
         assert_eq!(pages.count(), 0);
         pages.add_log(0, u64::MAX, &[1]);
         assert_eq!(pages, Pages::all(REGIONS));
+    }
+
+    #[test]
+    fn what_is_written_is_logged_until_it_is_cleared() {
+        if !has_kvm() {
+            return;
+        }
+        let guest = Guest::new(Timer::Periodic, Rest::Never, false);
+        let mut machine = Machine::with_guest(1, &guest);
+        machine.run();
+        machine.wait_for_more(ROUNDS, 10);
+        machine.pause();
+        let log = WriteLog::start(&machine.memory).unwrap();
+        let take = || log.take().unwrap();
+        let clear = |pages: &Pages| {
+            for (index, region) in pages.regions().iter().enumerate() {
+                log.clear(index, 0, region.words()).unwrap();
+            }
+        };
+        let all = Pages::all(machine.memory.regions().map(|region| region.range));
+        assert_eq!(take(), all, "at first");
+        clear(&all);
+        assert_eq!(take().count(), 0);
+        machine.vcpus.resume();
+        machine.wait_for_more(ROUNDS, 10);
+        let data = u64::from(ROUNDS) & !(PAGE_SIZE - 1);
+        for _ in 0..3 {
+            assert!(addresses(&take()).contains(&data), "until it is cleared");
+        }
+        // What is written after it has been cleared is there again.
+        clear(&all);
+        machine.wait_for_more(ROUNDS, 10);
+        assert!(addresses(&take()).contains(&data));
+        machine.pause();
+        clear(&all);
+        assert_eq!(take().count(), 0);
+        // What this process writes is told once.
+        machine.set_word(ROUNDS + 0x1000, 1);
+        assert_eq!(addresses(&take()), [data + 0x1000].into());
+        assert_eq!(take().count(), 0);
+        drop(log);
+        // It can be started anew.
+        let log = WriteLog::start(&machine.memory).unwrap();
+        assert_eq!(log.take().unwrap(), all);
     }
 
     proptest! {

@@ -59,3 +59,48 @@ impl Drop for Brake {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::time::Instant;
+
+    use super::*;
+    use crate::test_machine::{Guest, Machine, ROUNDS, Rest, Timer, has_kvm};
+
+    /// How fast the guest's rounds are, in rounds per second.
+    fn speed(machine: &Machine) -> f64 {
+        let (began, before) = (Instant::now(), machine.word(ROUNDS));
+        thread::sleep(Duration::from_millis(100));
+        let rounds = machine.word(ROUNDS).wrapping_sub(before);
+        f64::from(rounds) / began.elapsed().as_secs_f64()
+    }
+
+    #[test]
+    fn vcpus_are_slower_on_the_brake_and_as_fast_as_before_without() {
+        if !has_kvm() {
+            return;
+        }
+        let guest = Guest::new(Timer::Periodic, Rest::Never, false);
+        let mut machine = Machine::with_guest(2, &guest);
+        machine.run();
+        machine.wait_for_more(ROUNDS, 100);
+        let (mut free, mut braked) = (0.0, 0.0);
+        // Others may use the CPUs, now more, now less.
+        for _ in 0..5 {
+            free += speed(&machine);
+            let mut brake = Brake::new(machine.vcpus.clone());
+            brake.set(20);
+            brake.set(80);
+            braked += speed(&machine);
+        }
+        assert!(braked > 0.0 && braked < 0.6 * free, "{braked} of {free}");
+        // It does not stand in the way of a pause, nor the other way round.
+        let mut brake = Brake::new(machine.vcpus.clone());
+        brake.set(99);
+        for _ in 0..10 {
+            machine.pause();
+            machine.vcpus.resume();
+            machine.wait_for_more(ROUNDS, 1);
+        }
+    }
+}
