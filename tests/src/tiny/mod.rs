@@ -165,6 +165,11 @@ impl Code {
 
     /// Starts the second CPU, which begins at `entry` in the same mode as the first did, without a stack.
     pub fn start_second_cpu(&mut self, entry: CodeLabel) -> Result<(), IcedError> {
+        self.start_other_cpus(1, entry)
+    }
+
+    /// As [`Self::start_second_cpu`], so many of them. The local APIC's id tells which is which.
+    pub fn start_other_cpus(&mut self, count: u32, entry: CodeLabel) -> Result<(), IcedError> {
         /// A page that a CPU in real mode can be started in, and what is in it.
         const PAGE: u32 = 0x8000;
         const TABLE: u32 = PAGE + 0x40;
@@ -205,9 +210,12 @@ impl Code {
         self.mov(dword_ptr(ENTRY), eax)?;
         self.enable_apic()?;
         // The interrupt command register: INIT, and then a start-up message that names the page.
-        self.store(LOCAL_APIC + 0x310, 1 << 24)?;
-        self.store(LOCAL_APIC + 0x300, 0x4500)?;
-        self.store(LOCAL_APIC + 0x300, 0x4600 | PAGE >> 12)
+        for id in 1..=count {
+            self.store(LOCAL_APIC + 0x310, id << 24)?;
+            self.store(LOCAL_APIC + 0x300, 0x4500)?;
+            self.store(LOCAL_APIC + 0x300, 0x4600 | PAGE >> 12)?;
+        }
+        Ok(())
     }
 
     /// What follows handles interrupts of this vector, up to [`Code::end_handler`]; it may use EAX and EDX.

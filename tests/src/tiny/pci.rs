@@ -15,7 +15,8 @@ const FIRST: u32 = 0x8000_0000;
 const LAST: u32 = 0x8001_0000;
 const CONFIG_ADDRESS: u32 = 0xcf8;
 const CONFIG_DATA: u32 = 0xcfc;
-/// Where BAR 0 goes if it is above 4 GiB, out of the guest's reach, or nowhere; the next one 1 MiB behind it.
+/// Where device 0's BAR 0 goes if it is above 4 GiB, out of the guest's reach, or nowhere; the next one goes 1 MiB behind
+/// it, and the next device's 8 MiB.
 const REACHABLE: u32 = 0xd000_0000;
 
 impl Code {
@@ -59,9 +60,12 @@ impl Code {
     pub fn bar_address(&mut self) -> Result<(), IcedError> {
         let [mut narrow, mut above, mut moved, mut known] =
             std::array::from_fn(|_| self.create_label());
-        self.mov(eax, edi)?;
-        self.shl(eax, 20)?;
-        self.add(eax, REACHABLE.cast_signed())?;
+        self.mov(eax, ebx)?;
+        self.and(eax, 0xf800)?;
+        self.shl(eax, 12)?;
+        self.mov(edx, edi)?;
+        self.shl(edx, 20)?;
+        self.lea(eax, ptr(eax + edx + REACHABLE.cast_signed()))?;
         self.push(eax)?;
         self.lea(edi, ptr(ebx + edi * 4 + 0x10))?;
         self.select_config_of(edi + 0)?;

@@ -10,7 +10,8 @@ use iced_x86::code_asm::{CodeLabel, dword_ptr, dx, eax, ebp, edi, esi};
 use tempfile::NamedTempFile;
 use tests::tiny::{self, Code, LOCAL_APIC};
 
-use crate::device::{CONFIG, DEVICE, DOORBELL, MSIX, RUNG, SLEPT, START, VECTOR};
+use crate::device::{CONFIG, DOORBELL, MSIX, RUNG, SLEPT, START, VECTOR};
+use crate::driver::{self, BEGIN, END, FAILED, times};
 use crate::measurement::{Aim, Better, Definition};
 use crate::program::Running;
 use crate::programs::{CLOUD_HYPERVISOR, Guest, QEMU};
@@ -51,11 +52,6 @@ const INTERRUPT: Definition = Definition {
     limit: Some("a bare irqfd"),
     ..CONFIG_READ
 };
-
-/// What the guest prints before and after what is measured, and instead.
-const BEGIN: u8 = b'B';
-const END: u8 = b'E';
-const FAILED: u8 = b'!';
 
 /// Measures each in the same guest.
 pub(crate) fn measure(bench: &mut Bench) -> anyhow::Result<()> {
@@ -129,19 +125,10 @@ fn set_up(code: &mut Code, fails: CodeLabel) -> Result<(), IcedError> {
     code.silence_firmware(VECTOR)?;
     code.allow_interrupts()?;
     code.cli()?;
-    code.find_device(DEVICE, fails)?;
+    driver::find(code, 0, fails)?;
     code.mov(edi, 1)?;
     code.bar_address()?;
-    code.mov(ebp, eax)?;
-    code.mov(edi, 0)?;
-    code.bar_address()?;
-    code.xchg(ebp, eax)?;
     code.mov(edi, eax)?;
-    // Memory space, bus master, and no INTx.
-    code.select_config(4)?;
-    code.in_(eax, dx)?;
-    code.or(eax, 0x406)?;
-    code.out(dx, eax)?;
     for (place, value) in [(0, LOCAL_APIC), (4, 0), (8, VECTOR.into()), (12, 0)] {
         code.mov(dword_ptr(edi + place), value)?;
     }
@@ -153,29 +140,18 @@ fn set_up(code: &mut Code, fails: CodeLabel) -> Result<(), IcedError> {
     code.store(SLEPT, 0)
 }
 
-/// Does something a few times, and then so many times more behind [`BEGIN`]. It may use EAX, ECX and EDX, and has been
-/// done as often as ESI says.
+/// Does something a few times, and then so many times more behind [`BEGIN`]. It may use EAX, ECX and EDX.
 fn repeat(
     code: &mut Code,
     count: u32,
     prepare: impl Fn(&mut Code) -> Result<(), IcedError>,
     act: impl Fn(&mut Code) -> Result<(), IcedError>,
 ) -> Result<(), IcedError> {
-    let few = count / 10;
-    code.mov(esi, 0)?;
-    for (begins, until) in [(false, few), (true, few + count)] {
-        if begins {
-            code.print(BEGIN)?;
-        }
-        prepare(code)?;
-        let mut again = code.create_label();
-        code.set_label(&mut again)?;
-        act(code)?;
-        code.inc(esi)?;
-        code.cmp(esi, until.cast_signed())?;
-        code.jne(again)?;
-    }
-    Ok(())
+    prepare(code)?;
+    times(code, count / 10, &act)?;
+    code.print(BEGIN)?;
+    prepare(code)?;
+    times(code, count, &act)
 }
 
 fn config_reads(code: &mut Code, count: u32) -> Result<(), IcedError> {
@@ -191,15 +167,17 @@ fn bar_writes(code: &mut Code, count: u32) -> Result<(), IcedError> {
     repeat(code, count, nothing, |code| code.mov(dword_ptr(ebp), esi))
 }
 
-/// Rings, and waits for the answer.
+/// Rings, and waits for the answer, with EDI for how many there have been.
 fn doorbells(code: &mut Code, count: u32) -> Result<(), IcedError> {
     let place = i32::try_from(DOORBELL).unwrap_or_default();
+    code.mov(edi, 0)?;
     repeat(code, count, nothing, |code| {
         let mut again = code.create_label();
-        code.mov(dword_ptr(ebp + place), esi)?;
+        code.inc(edi)?;
+        code.mov(dword_ptr(ebp + place), edi)?;
         code.set_label(&mut again)?;
-        code.cmp(dword_ptr(RUNG), esi)?;
-        code.je(again)
+        code.cmp(dword_ptr(RUNG), edi)?;
+        code.jne(again)
     })
 }
 

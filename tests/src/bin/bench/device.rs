@@ -3,7 +3,9 @@
 //! It is served by the bench itself, to whatever VMM is measured.
 
 use std::io;
+use std::path::Path;
 use std::sync::atomic::Ordering;
+use std::sync::mpsc::{self, Receiver, Sender};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -22,6 +24,8 @@ pub(crate) const CONFIG: u16 = 0xf0;
 pub(crate) const DOORBELL: u64 = 0x800;
 /// Where BAR 0 has the register that takes a number: so many interrupts are sent.
 pub(crate) const START: u64 = 0x10;
+/// Where BAR 0 has the register that a device which hangs hangs at.
+pub(crate) const HANGS: u64 = 0x20;
 /// The MSI-X capability, and the table in BAR 1.
 pub(crate) const MSIX: u16 = 0x40;
 /// The interrupt, as the guest sees it.
@@ -38,12 +42,49 @@ pub(crate) const SLEPT: u32 = SCRATCH + 0x140;
 /// # Errors
 /// When there is no place for the socket, or the server does not start.
 pub(crate) fn serve() -> anyhow::Result<DeviceThread> {
-    serve_as(IDS)
+    placement::server(|| DeviceThread::custom(description(0), |host| Measured::new(host, None)))
 }
 
-/// As [`serve`], as another device.
-pub(crate) fn serve_as(ids: Ids) -> anyhow::Result<DeviceThread> {
-    let description = Description::new(ids)
+/// Serves several, wherever there is a CPU: their device ids follow each other.
+///
+/// # Errors
+/// As of [`serve`].
+pub(crate) fn serve_many(count: u16) -> anyhow::Result<Vec<DeviceThread>> {
+    let one = |number| DeviceThread::custom(description(number), |host| Measured::new(host, None));
+    (0..count).map(one).collect()
+}
+
+/// The device that hangs when it is asked for [`HANGS`], until this goes.
+pub(crate) struct Hanging {
+    // Goes first: it is what the device waits for.
+    _patience: Sender<()>,
+    server: DeviceThread,
+}
+
+impl Hanging {
+    /// # Errors
+    /// As of [`serve`].
+    pub(crate) fn serve() -> anyhow::Result<Self> {
+        let (patience, end) = mpsc::channel();
+        let server = DeviceThread::custom(description(0), |host| Measured::new(host, Some(end)))?;
+        Ok(Self {
+            _patience: patience,
+            server,
+        })
+    }
+
+    /// The socket that it listens on.
+    pub(crate) fn socket(&self) -> &Path {
+        self.server.socket()
+    }
+}
+
+fn description(number: u16) -> Description {
+    let ids = Ids {
+        device: IDS.device + number,
+        ..IDS
+    };
+    Description::new(ids)
         .bar(0, Bar::memory32(0x1000))
         .bar(1, Bar::memory32(0x1000))
         .msix(MsixTable {
@@ -58,17 +99,31 @@ pub(crate) fn serve_as(ids: Ids) -> anyhow::Result<DeviceThread> {
             offset: DOORBELL,
             size: 4,
             value: None,
-        });
-    placement::server(|| DeviceThread::custom(description, |host| Measured { host: host.clone() }))
+        })
 }
 
 struct Measured {
     host: Host,
+    /// What it waits for in vain when it hangs, if it can.
+    end: Option<Receiver<()>>,
+}
+
+impl Measured {
+    fn new(host: &Host, end: Option<Receiver<()>>) -> Self {
+        Self {
+            host: host.clone(),
+            end,
+        }
+    }
 }
 
 impl Device for Measured {
-    fn read(&mut self, _: usize, _: u64, data: &mut [u8]) -> io::Result<()> {
+    fn read(&mut self, _: usize, offset: u64, data: &mut [u8]) -> io::Result<()> {
         data.fill(0);
+        if let (HANGS, Some(end)) = (offset, &self.end) {
+            // Fails in the end, when nobody sends anything any more.
+            let _ = end.recv();
+        }
         Ok(())
     }
 

@@ -10,6 +10,7 @@ mod bare;
 mod client;
 mod device;
 mod disk;
+mod driver;
 mod http;
 mod measurement;
 mod migration;
@@ -18,6 +19,7 @@ mod plain_copy;
 mod program;
 mod programs;
 mod report;
+mod scaling;
 mod start;
 mod turns;
 
@@ -63,11 +65,12 @@ struct Run {
 }
 
 /// What is measured, in the order of the report.
-const FAMILIES: [(&str, Family); 6] = [
+const FAMILIES: [(&str, Family); 7] = [
     ("start", start::measure),
     ("accesses", accesses::measure),
     ("client", client::measure),
     ("api", api::measure),
+    ("scaling", scaling::measure),
     ("migration", migration::measure),
     ("disk", disk::measure),
 ];
