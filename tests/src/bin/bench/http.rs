@@ -6,28 +6,42 @@ use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Context, ensure};
+use serde_json::Value;
 
-/// Has something done, however long it takes. Cloud Hypervisor neither does anything for a client that has nothing more
-/// to say, nor hangs up, so the answer ends where it says.
+/// Has something done, however long it takes.
 ///
 /// # Errors
 /// When it is refused or fails, or there is no answer.
 pub(crate) fn put(socket: &Path, endpoint: &str, body: &str) -> anyhow::Result<()> {
+    ask(socket, "PUT", endpoint, body).map(drop)
+}
+
+/// Asks for something.
+///
+/// # Errors
+/// As of [`put`].
+pub(crate) fn get(socket: &Path, endpoint: &str) -> anyhow::Result<Value> {
+    Ok(serde_json::from_str(&ask(socket, "GET", endpoint, "")?)?)
+}
+
+/// Cloud Hypervisor neither does anything for a client that has nothing more to say, nor hangs up, so the answer ends
+/// where it says.
+fn ask(socket: &Path, method: &str, endpoint: &str, body: &str) -> anyhow::Result<String> {
     const PATIENCE: Duration = Duration::from_secs(20);
     let mut stream = UnixStream::connect(socket).context("connecting to the API")?;
     stream.set_read_timeout(Some(PATIENCE))?;
     let length = body.len();
-    let head = format!("PUT /api/v1/{endpoint} HTTP/1.1\r\nHost: localhost\r\n");
-    // Without a body, a length is none of its client's words either.
-    let head = match body {
+    let head = format!("{method} /api/v1/{endpoint} HTTP/1.1\r\nHost: localhost\r\n");
+    // Without a body, there is no length either.
+    let request = match body {
         "" => format!("{head}\r\n"),
         body => format!("{head}Content-Length: {length}\r\n\r\n{body}"),
     };
-    stream.write_all(head.as_bytes())?;
+    stream.write_all(request.as_bytes())?;
     let (status, body) = answer(&mut BufReader::new(stream))
         .with_context(|| format!("{endpoint} is not answered"))?;
     ensure!(status < 300, "{endpoint} is answered with {status}: {body}");
-    Ok(())
+    Ok(body)
 }
 
 /// The status and the body of an answer.

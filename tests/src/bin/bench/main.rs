@@ -11,6 +11,7 @@ mod client;
 mod device;
 mod disk;
 mod driver;
+mod full_guest;
 mod http;
 mod measurement;
 mod migration;
@@ -20,6 +21,7 @@ mod program;
 mod programs;
 mod report;
 mod scaling;
+mod snapshot;
 mod start;
 mod turns;
 
@@ -65,12 +67,13 @@ struct Run {
 }
 
 /// What is measured, in the order of the report.
-const FAMILIES: [(&str, Family); 7] = [
+const FAMILIES: [(&str, Family); 8] = [
     ("start", start::measure),
     ("accesses", accesses::measure),
     ("client", client::measure),
     ("api", api::measure),
     ("scaling", scaling::measure),
+    ("snapshot", snapshot::measure),
     ("migration", migration::measure),
     ("disk", disk::measure),
 ];

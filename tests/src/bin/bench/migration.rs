@@ -11,14 +11,12 @@ use std::time::{Duration, Instant};
 use std::{fs, thread};
 
 use anyhow::{Context, anyhow, bail};
-use iced_x86::IcedError;
-use iced_x86::code_asm::{dword_ptr, ebx, ecx};
 use serde_json::{Value, json};
-use tempfile::NamedTempFile;
 use tests::api::request;
-use tests::tiny::{self, Code};
 
 use crate::Bench;
+use crate::bare::dirty_scan;
+use crate::full_guest::{READY, Writes, full_guest};
 use crate::http::put;
 use crate::measurement::{Aim, Better, Definition, Measurement};
 use crate::plain_copy::Copy;
@@ -55,13 +53,9 @@ const DIRTY_SCAN: Definition = Definition {
     what: "of the standstill, what it took to learn which pages the guest had written to",
     unit: "us",
     better: Better::Less,
-    limit: None,
+    limit: Some("a bare KVM_GET_DIRTY_LOG"),
     aims: &[],
 };
-
-/// What the guest prints when all of its memory is in use, and then over and over.
-const READY: u8 = b'R';
-const ALIVE: u8 = b'.';
 
 /// The way that memory takes, and what the guest does meanwhile.
 #[derive(Clone, Copy, Debug)]
@@ -76,13 +70,6 @@ struct Kind {
 enum Way {
     Unix,
     Tcp,
-}
-
-/// Whether the guest writes to memory while it moves: to the next page of 64 MiB between one character and the next.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Writes {
-    No,
-    Yes,
 }
 
 const KINDS: [Kind; 6] = [
@@ -155,26 +142,30 @@ pub(crate) fn measure(bench: &mut Bench) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// What nobody else tells of.
+/// What no peer tells of.
 fn tell_parts(results: &Results<Figures>, mebibytes: u32) -> Vec<Measurement> {
-    let ours_alone = |definition, number: &dyn Fn(&Figures) -> f64| Measurement {
+    let without_peers = |definition, number: &dyn Fn(&Figures) -> f64| Measurement {
         peers: Vec::new(),
-        limit: None,
         ..results.measurement(definition, number)
     };
-    let mut all: Vec<_> = DOWNTIME_PARTS
-        .into_iter()
-        .map(|name| ours_alone(&PARTS, &|run| run.part_us(name) / 1e3).in_case(name))
-        .collect();
+    let part = |name| {
+        let part = without_peers(&PARTS, &|run| run.part_us(name) / 1e3);
+        let part = Measurement {
+            limit: None,
+            ..part
+        };
+        part.in_case(name)
+    };
+    let mut all: Vec<_> = DOWNTIME_PARTS.into_iter().map(part).collect();
     let gibibytes = f64::from(mebibytes) / 1024.0;
-    all.push(ours_alone(&DIRTY_SCAN, &|run| {
+    all.push(without_peers(&DIRTY_SCAN, &|run| {
         run.part_us("dirty_log") / gibibytes
     }));
     all
 }
 
 fn migrate_often(bench: &Bench, kind: Kind, mebibytes: u32) -> anyhow::Result<Results<Figures>> {
-    let kernel = guest(mebibytes, kind.writes)?;
+    let kernel = full_guest(mebibytes, kind.writes)?;
     let vm = Guest {
         mebibytes,
         ..Guest::small(kernel.path(), &[])
@@ -198,8 +189,10 @@ fn migrate_often(bench: &Bench, kind: Kind, mebibytes: u32) -> anyhow::Result<Re
             Way::Unix => copy.over_unix(kind.connections),
             Way::Tcp => copy.over_tcp(kind.connections),
         };
+        let scan = dirty_scan(u64::from(mebibytes) << 20)?.as_secs_f64() * 1e6;
         Ok(Figures {
             gibps: gibps(mebibytes, time?),
+            parts: json!({"dirty_log": scan}),
             ..Figures::default()
         })
     });
@@ -319,41 +312,4 @@ fn wait_for_line(file: &str, is_it: impl Fn(&str) -> bool) -> anyhow::Result<()>
         thread::sleep(Duration::from_millis(1));
     }
     Ok(())
-}
-
-/// A guest that has written to each page of its memory behind the first 16 MiB, and then sends characters.
-fn guest(mebibytes: u32, writes: Writes) -> anyhow::Result<NamedTempFile> {
-    const START: u32 = 16 << 20;
-    const WRITTEN: u32 = 64 << 20;
-    const PAGE: i32 = 4096;
-    let end = mebibytes << 20;
-    tiny::guest(|code| {
-        fill(code, START, end)?;
-        code.print(READY)?;
-        code.mov(ecx, START)?;
-        let mut again = code.create_label();
-        let mut within = code.create_label();
-        code.set_label(&mut again)?;
-        code.print(ALIVE)?;
-        if writes == Writes::Yes {
-            code.inc(dword_ptr(ecx))?;
-            code.add(ecx, PAGE)?;
-            code.cmp(ecx, (START + WRITTEN).cast_signed())?;
-            code.jb(within)?;
-            code.mov(ecx, START)?;
-        }
-        code.set_label(&mut within)?;
-        code.jmp(again)
-    })
-}
-
-/// Writes something else to each page.
-fn fill(code: &mut Code, start: u32, end: u32) -> Result<(), IcedError> {
-    code.mov(ebx, start)?;
-    let mut again = code.create_label();
-    code.set_label(&mut again)?;
-    code.mov(dword_ptr(ebx), ebx)?;
-    code.add(ebx, 4096)?;
-    code.cmp(ebx, end.cast_signed())?;
-    code.jb(again)
 }

@@ -61,6 +61,15 @@ impl Running {
         }
     }
 
+    /// As [`Self::wait_for`], for whatever it is.
+    pub(crate) fn wait_for_any(&mut self) -> anyhow::Result<Instant> {
+        let output = self.output.as_mut().context("somebody else listens")?;
+        match wait_for(output, |_| true) {
+            Ok((_, at)) => Ok(at),
+            Err(error) => Err(self.explain(error)),
+        }
+    }
+
     /// Adds to an error what the program last said.
     pub(crate) fn explain(&mut self, error: anyhow::Error) -> anyhow::Error {
         let mut said = Vec::new();

@@ -18,6 +18,7 @@ use kvm_ioctls::VcpuExit;
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
 use self::kvm::Machine;
+pub(crate) use self::kvm::dirty_scan;
 pub(crate) use self::server::Server;
 use crate::device::{CONFIG, DEVICE};
 
