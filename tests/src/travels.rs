@@ -58,6 +58,27 @@ impl Luggage {
         })
     }
 
+    /// What a VMM is started with for the VM to begin, with the demo device behind this socket.
+    pub fn arguments(&self, demo: &Path) -> Vec<String> {
+        vec![
+            "--kernel".into(),
+            self.kernel.path().display().to_string(),
+            "--memory".into(),
+            "size=64M".into(),
+            "--cpus".into(),
+            "2".into(),
+            "--disk".into(),
+            format!("path={}", self.image.display()),
+            "--user-device".into(),
+            format!("id=demo,socket={}", demo.display()),
+        ]
+    }
+
+    /// The image of the disk.
+    pub fn image(&self) -> &Path {
+        &self.image
+    }
+
     /// Checks that the image has what the guest has written.
     ///
     /// # Errors
@@ -93,20 +114,7 @@ impl Host {
     /// # Errors
     /// When it does not.
     pub fn first(luggage: &Luggage) -> Result<Self> {
-        let mut host = Self::with(|socket| {
-            vec![
-                "--kernel".into(),
-                luggage.kernel.path().display().to_string(),
-                "--memory".into(),
-                "size=64M".into(),
-                "--cpus".into(),
-                "2".into(),
-                "--disk".into(),
-                format!("path={}", luggage.image.display()),
-                "--user-device".into(),
-                format!("id=demo,socket={}", socket.display()),
-            ]
-        })?;
+        let mut host = Self::with(|socket| luggage.arguments(socket))?;
         host.expect_work()?;
         Ok(host)
     }

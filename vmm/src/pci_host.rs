@@ -7,7 +7,7 @@ use std::path::PathBuf;
 use std::sync::{Arc, Weak};
 use std::{fmt, io, thread};
 
-use devices::{Backend, BusDevice, Passthrough, Probe, Remote};
+use devices::{Attachment, Backend, BusDevice, Descriptors, Passthrough, Probe, Remote};
 use pci::{BarAllocator, Bdf, Cause, ConfigPorts, Ecam, Endpoint, HostBridge, Segment, TreePath};
 
 pub(crate) use self::save::{BusMismatch, PciState, PciStateError};
@@ -43,6 +43,15 @@ pub enum DeviceError {
     AttachBuiltIn {
         /// The flag that asks for the device.
         flag: String,
+        /// The device.
+        id: String,
+        /// What went wrong.
+        #[source]
+        source: Cause,
+    },
+    /// A device that another process has handed over cannot be used.
+    #[error("cannot take over {id}")]
+    Inherit {
         /// The device.
         id: String,
         /// What went wrong.
@@ -160,6 +169,35 @@ impl PciHost {
         Ok(Server { remote, endpoint })
     }
 
+    /// Puts a device that another process has in the next free place. Neither is the device told of that, nor is it used
+    /// until it is taken over. The event loop has to watch its server.
+    pub(crate) fn inherit(
+        &mut self,
+        attachment: &Attachment,
+        descriptors: &Descriptors,
+        memory: &Memory,
+    ) -> Result<Server, DeviceError> {
+        self.try_inherit(attachment, descriptors, memory)
+            .map_err(|source| DeviceError::Inherit {
+                id: attachment.id.clone(),
+                source,
+            })
+    }
+
+    fn try_inherit(
+        &mut self,
+        attachment: &Attachment,
+        descriptors: &Descriptors,
+        memory: &Memory,
+    ) -> Result<Server, Cause> {
+        let memory = memory.for_messages();
+        let remote = Arc::new(Remote::inherit(&attachment.remote, descriptors, memory)?);
+        let probe = Probe::inherit(remote.clone(), attachment, descriptors)?;
+        let (bdf, endpoint) = self.endpoint(&attachment.id, probe)?;
+        self.add(&attachment.id, bdf, &endpoint)?;
+        Ok(Server { remote, endpoint })
+    }
+
     /// Puts a device of the host in the next free place. The event loop has to watch for what the host has to say of
     /// it.
     pub(crate) fn attach_host_device(
@@ -179,10 +217,18 @@ impl PciHost {
         backend: Arc<dyn Backend>,
         rom: bool,
     ) -> Result<Arc<Passthrough>, Cause> {
+        let (bdf, endpoint) = self.endpoint(id, Probe::new(backend, rom)?)?;
+        // The device may have served another VM before; and this connects its interrupt pin.
+        endpoint.reset()?;
+        self.add(id, bdf, &endpoint)?;
+        Ok(endpoint)
+    }
+
+    /// The endpoint of a device that is to be in the next free place, which is returned, too.
+    fn endpoint(&mut self, id: &str, mut probe: Probe) -> Result<(Bdf, Arc<Passthrough>), Cause> {
         let device = self.segment.free_device(0).ok_or("the bus is full")?;
         let bdf = Bdf::new(0, device, 0).ok_or("the bus is full")?;
         let path = TreePath::on_root_bus(bdf)?;
-        let mut probe = Probe::new(backend, rom)?;
         let mut registers = probe.bars().clone();
         self.allocator.assign(&mut registers)?;
         probe.set_bars(registers);
@@ -198,13 +244,16 @@ impl PciHost {
             let mapper = Box::new(bars.serve_by(endpoint.clone()));
             Passthrough::new(id, path, probe, mapper, interrupts).on_loss(report)
         });
-        // The device may have served another VM before; and this connects its interrupt pin.
-        endpoint.reset()?;
+        Ok((bdf, endpoint))
+    }
+
+    /// Puts an endpoint on the bus.
+    fn add(&mut self, id: &str, bdf: Bdf, endpoint: &Arc<Passthrough>) -> Result<(), Cause> {
         self.segment.insert(bdf, endpoint.clone())?;
         self.devices.push(endpoint.clone());
         self.places.insert(id.to_owned(), bdf);
         log::info!("{id} is {bdf}");
-        Ok(endpoint)
+        Ok(())
     }
 
     /// Where each device is, by its id.

@@ -21,6 +21,7 @@ use crate::host_devices::{self, HostDeviceError};
 use crate::interrupts::{InterruptError, Interrupts};
 use crate::kvm::{self, KvmError};
 use crate::layout;
+use crate::machine::handover::{Inheritance, Inherited};
 use crate::machine::{Cpus, Machine};
 use crate::memory::{self, Memory, MemoryError};
 use crate::pci_host::{DeviceError, PciHost};
@@ -126,13 +127,16 @@ pub(crate) enum Origin {
     Saved(CpuProfile),
     /// From a VMM that runs it still, with what its built-in devices are on. It has CPUs like these.
     Elsewhere(CpuProfile),
+    /// From a VMM of this host, which hands over all that is not to be noticed. It has CPUs like these.
+    Handed(CpuProfile, Inheritance),
 }
 
 impl Origin {
-    fn cpus(self) -> Option<CpuProfile> {
+    fn parts(self) -> (Option<CpuProfile>, Option<Inheritance>) {
         match self {
-            Self::New => None,
-            Self::Saved(cpus) | Self::Elsewhere(cpus) => Some(cpus),
+            Self::New => (None, None),
+            Self::Saved(cpus) | Self::Elsewhere(cpus) => (Some(cpus), None),
+            Self::Handed(cpus, inheritance) => (Some(cpus), Some(inheritance)),
         }
     }
 }
@@ -173,8 +177,13 @@ impl Vm {
         config.validate()?;
         let payload = Payload::open(&config.payload)?;
         // They start while the machine is made.
-        let starting = servers::start(config, matches!(origin, Origin::Elsewhere(_)))?;
-        let saved = origin.cpus();
+        let starting = match origin {
+            Origin::Handed(..) => Vec::new(),
+            _ => servers::start(config, matches!(origin, Origin::Elsewhere(_)))?,
+        };
+        // Its console may be on this host, and another process may still write to it.
+        let goes_on = matches!(origin, Origin::Elsewhere(_) | Origin::Handed(..));
+        let (saved, mut inheritance) = origin.parts();
         let kvm = kvm::open()?;
         let vm = kvm::create_vm(&kvm, config.vcpus)?;
         vcpu::catch_kicks().map_err(VmError::Kicks)?;
@@ -189,7 +198,13 @@ impl Vm {
         check_address_bits(windows.memory64, cpuid.address_bits())?;
 
         let slots = Slots::new(vm.clone(), kvm.get_nr_memslots())?;
-        let memory = Memory::new(&config.memory, &slots)?;
+        let memory = match &mut inheritance {
+            Some(inheritance) => {
+                let files = std::mem::take(&mut inheritance.ram);
+                Memory::inherit(&config.memory, &slots, files)?
+            }
+            None => Memory::new(&config.memory, &slots)?,
+        };
         kvm::create_chips(&vm)?;
         let interrupts = Interrupts::new(vm.clone())?;
         let (memory_bus, ports) = (Arc::new(Bus::default()), Arc::new(Bus::default()));
@@ -213,11 +228,22 @@ impl Vm {
             event_loop.add(Box::new(server));
             event_loop.add(Box::new(servers::Exit(process)));
         }
-        for device in host_devices::open(&config.devices, config.iommufd, &vm, &memory)? {
-            event_loop.add(Box::new(pci.attach_host_device(device)?));
-        }
-        for device in &config.user_devices {
-            event_loop.add(Box::new(pci.attach(device, &memory)?));
+        if let Some(inheritance) = inheritance {
+            for Inherited { attachment, server } in inheritance.devices {
+                let device = pci.inherit(&attachment, &inheritance.descriptors, &memory)?;
+                if let Some(process) = server {
+                    servers.add(process.clone(), device.remote.clone());
+                    event_loop.add(Box::new(servers::Exit(process)));
+                }
+                event_loop.add(Box::new(device));
+            }
+        } else {
+            for device in host_devices::open(&config.devices, config.iommufd, &vm, &memory)? {
+                event_loop.add(Box::new(pci.attach_host_device(device)?));
+            }
+            for device in &config.user_devices {
+                event_loop.add(Box::new(pci.attach(device, &memory)?));
+            }
         }
 
         let context = Arc::new(VcpuContext {
@@ -240,7 +266,7 @@ impl Vm {
         event_loop.add(Box::new(surroundings.signals.watch(Some(button))));
         // The terminal comes last: from now on nothing should fail.
         let com1 = interrupts.edge(layout::COM1_GSI)?;
-        let console = Console::open(&config.serial, com1, &endings)?;
+        let console = Console::open(&config.serial, goes_on, com1, &endings)?;
         let serial = console.as_ref().map(|console| console.port.clone());
         if let Some(input) = console.and_then(|console| console.input) {
             event_loop.add(input);
@@ -262,6 +288,7 @@ impl Vm {
             vm,
             config: config.clone(),
             cpus: Cpus::new(cpuid, saved),
+            servers: servers.processes(),
         };
         Ok(Self {
             stopped,

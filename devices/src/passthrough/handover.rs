@@ -51,6 +51,11 @@ impl Passthrough {
         handover.take_over(standing, descriptors)
     }
 
+    /// Whether the device has been left, or not yet been taken over.
+    pub fn is_left(&self) -> bool {
+        self.away().is_some()
+    }
+
     /// The way to the device, if nobody in this process uses it.
     pub(super) fn away(&self) -> Option<&dyn Handover> {
         self.handover().filter(|handover| handover.is_away())

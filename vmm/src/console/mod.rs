@@ -58,9 +58,11 @@ pub(crate) struct Console {
 }
 
 impl Console {
-    /// Connects a serial port that raises its interrupt by `interrupt`. None if there shall be no port.
+    /// Connects a serial port that raises its interrupt by `interrupt`. None if there shall be no port. What the guest has
+    /// said before `goes_on` in a file.
     pub(crate) fn open(
         config: &SerialConfig,
+        goes_on: bool,
         interrupt: EventFd,
         endings: &Arc<Endings>,
     ) -> Result<Option<Self>, ConsoleError> {
@@ -75,7 +77,13 @@ impl Console {
                     path: path.clone(),
                     source,
                 };
-                let file = File::create(path).map_err(error)?;
+                let file = File::options()
+                    .create(true)
+                    .write(true)
+                    .append(goes_on)
+                    .truncate(!goes_on)
+                    .open(path)
+                    .map_err(error)?;
                 Some(Self {
                     port: port(Box::new(file)),
                     input: None,

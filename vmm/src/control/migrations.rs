@@ -77,11 +77,24 @@ fn take(
     let offer = arrival.offer()?;
     let mut config = offer.machine.config.clone();
     relocate(&mut config, &request.devices).map_err(ReceiveError::Adopt)?;
-    let surroundings = control.surroundings();
-    let mut vm = Vm::like(&offer.machine, &config, Origin::Elsewhere, surroundings)?;
+    let inheritance = arrival.inheritance(offer.handed)?;
+    let is_handed = inheritance.is_some();
+    if is_handed && !request.devices.is_empty() {
+        let what = "devices: the VM is handed over, and its devices stay where they are".to_owned();
+        return Err(ReceiveError::Adopt(ControlError::Invalid(what)));
+    }
+    let origin = |cpus| match inheritance {
+        Some(inheritance) => Origin::Handed(cpus, inheritance),
+        None => Origin::Elsewhere(cpus),
+    };
+    let mut vm = Vm::like(&offer.machine, &config, origin, control.surroundings())?;
     let machine = vm.machine();
     task.enter(Phase::Precopy);
-    let last = arrival.take_in(&machine, offer.connections)?;
+    let last = if is_handed {
+        arrival.take_over(&machine)?
+    } else {
+        arrival.take_in(&machine, offer.connections)?
+    };
     task.enter(Phase::Committing);
     vm.take_platform(last.state, TimeAway::Counted)?;
     // All that could fail is done before the source hears that nothing can.

@@ -30,6 +30,15 @@ pub(crate) enum FreezeError {
         #[source]
         source: BackendError,
     },
+    /// A device cannot be left to another process.
+    #[error("{id} cannot be handed over now")]
+    Leave {
+        /// The device.
+        id: String,
+        /// Why not.
+        #[source]
+        source: BackendError,
+    },
     /// The interrupts cannot be disconnected.
     #[error(transparent)]
     Pci(#[from] PciStateError),
@@ -48,7 +57,8 @@ pub(crate) enum FreezeError {
 }
 
 /// A machine of which nothing moves: no vCPU runs, no interrupt is under way, and all devices are stopped with their
-/// state ready to be read. When it is dropped, the devices go on, and the vCPUs stay paused.
+/// state ready to be read, or have been left to another process. When it is dropped, the devices go on here, and the vCPUs
+/// stay paused.
 #[derive(Debug)]
 pub(crate) struct Frozen<'m> {
     machine: &'m Machine,
@@ -85,7 +95,7 @@ impl Machine {
             return Err(FreezeError::NotPaused);
         }
         // What has been done is undone if the rest fails.
-        let frozen = Frozen { machine: self };
+        let frozen = Frozen::of(self);
         self.pci.disconnect_interrupts()?;
         self.interrupts.set_edges_connected(false)?;
         let devices = self.pci.devices();
@@ -141,7 +151,12 @@ fn stop(device: &Passthrough, state: DeviceState) -> Result<(), FreezeError> {
     })
 }
 
-impl Frozen<'_> {
+impl<'m> Frozen<'m> {
+    /// A machine that is about to be held still: what has been done by then is undone if this is dropped.
+    pub(super) fn of(machine: &'m Machine) -> Self {
+        Self { machine }
+    }
+
     /// The machine.
     pub(crate) fn machine(&self) -> &Machine {
         self.machine
@@ -166,9 +181,12 @@ impl Drop for Frozen<'_> {
 
 impl Machine {
     /// Has the devices run, and gives them and the guest the doorbells and the interrupts that waited. A device that does
-    /// not go on is given up.
+    /// not go on is given up. One that has been left runs, and is this process' from now on.
     pub(crate) fn thaw(&self) {
-        for device in self.pci.devices().iter().filter(|device| !device.is_lost()) {
+        for device in self.pci.devices() {
+            if device.is_lost() || device.is_left() {
+                continue;
+            }
             if let Err(error) = device.change_state(DeviceState::Running) {
                 device.give_up(&format_args!("it does not go on: {error}"));
             }

@@ -4,6 +4,7 @@
 
 pub(crate) mod device_data;
 mod freeze;
+pub(crate) mod handover;
 pub(crate) mod state;
 
 use std::sync::{Arc, OnceLock};
@@ -20,6 +21,7 @@ use crate::kvm::{self, KvmError};
 use crate::memory::Memory;
 use crate::pci_host::PciHost;
 use crate::platform::Platform;
+use crate::servers::Process;
 use crate::vcpus::Vcpus;
 
 /// A machine whose guest may be running.
@@ -37,6 +39,8 @@ pub(crate) struct Machine {
     /// What it was made of.
     pub(crate) config: VmConfig,
     pub(crate) cpus: Cpus,
+    /// The servers of its built-in devices.
+    pub(crate) servers: Vec<Arc<Process>>,
 }
 
 /// What the guest has been told of its CPUs.

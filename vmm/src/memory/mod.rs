@@ -9,12 +9,14 @@ use std::collections::BTreeMap;
 use std::fs::File;
 use std::io;
 use std::ops::Range;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::{FileExt, MetadataExt as _};
 use std::sync::Arc;
 
 use devices::{DmaTarget, Mapping};
-use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, ftruncate, memfd_create};
+use rustix::fs::{
+    MemfdFlags, SealFlags, fcntl_add_seals, fcntl_get_seals, ftruncate, memfd_create,
+};
 use vfio_user_client::{DmaError, GuestDma};
 use vm_memory::bitmap::{AtomicBitmap, NewBitmap};
 use vm_memory::mmap::MmapRegionBuilder;
@@ -40,6 +42,14 @@ pub enum MemoryError {
         /// What the kernel says.
         #[source]
         source: io::Error,
+    },
+    /// What another process hands over as guest RAM cannot be that.
+    #[error("what was handed over as {size} bytes of guest RAM {what}")]
+    Inherited {
+        /// How many bytes it should have.
+        size: u64,
+        /// What is wrong with it.
+        what: &'static str,
     },
     /// The memfd could not be mapped.
     #[error("--memory: cannot map {size} bytes of guest RAM{}", hugepage_hint(*hugepages))]
@@ -86,8 +96,26 @@ pub(crate) struct Memory {
 impl Memory {
     /// Makes the RAM that `config` asks for, and has KVM map it.
     pub(crate) fn new(config: &MemoryConfig, slots: &Slots) -> Result<Self, MemoryError> {
+        Self::of(config, slots, |size| new_file(size, config.hugepages))
+    }
+
+    /// Takes over RAM that another process has made with this `config`, whose memfds these are, from the lowest address on.
+    pub(crate) fn inherit(
+        config: &MemoryConfig,
+        slots: &Slots,
+        files: Vec<OwnedFd>,
+    ) -> Result<Self, MemoryError> {
+        let mut files = files.into_iter();
+        Self::of(config, slots, |size| inherited_file(size, files.next()))
+    }
+
+    fn of(
+        config: &MemoryConfig,
+        slots: &Slots,
+        mut file: impl FnMut(u64) -> Result<File, MemoryError>,
+    ) -> Result<Self, MemoryError> {
         let regions = ranges(config.size)
-            .map(|(start, size)| Ok(Arc::new(region(start, size, config)?)))
+            .map(|(start, size)| Ok(Arc::new(region(start, size, file(size)?, config)?)))
             .collect::<Result<Vec<_>, _>>()?;
         let slots = regions
             .iter()
@@ -110,7 +138,10 @@ impl Memory {
             hugepages: false,
             prefault: false,
         };
-        let regions = ranges(size).map(|(start, size)| region(start, size, &config).unwrap());
+        let regions = ranges(size).map(|(start, size)| {
+            let file = new_file(size, false).unwrap();
+            region(start, size, file, &config).unwrap()
+        });
         Self {
             slots: Vec::new(),
             ram: Ram::from_regions(regions.collect()).unwrap(),
@@ -257,13 +288,35 @@ pub(crate) fn end(size: u64) -> u64 {
         .unwrap_or(0)
 }
 
-fn region(start: u64, size: u64, config: &MemoryConfig) -> Result<RamRegion, MemoryError> {
-    let hugepages = config.hugepages;
-    let file = sealed_memfd(size, hugepages).map_err(|source| MemoryError::File {
+fn new_file(size: u64, hugepages: bool) -> Result<File, MemoryError> {
+    sealed_memfd(size, hugepages).map_err(|source| MemoryError::File {
         size,
         hugepages,
         source,
-    })?;
+    })
+}
+
+/// A memfd that was handed over, if nobody can take its pages from under the guest.
+fn inherited_file(size: u64, file: Option<OwnedFd>) -> Result<File, MemoryError> {
+    let wrong = |what| MemoryError::Inherited { size, what };
+    let file = File::from(file.ok_or_else(|| wrong("is missing"))?);
+    let seals = fcntl_get_seals(&file).map_err(|_| wrong("is no memfd"))?;
+    if !seals.contains(SEALS) {
+        return Err(wrong("is not sealed"));
+    }
+    match file.metadata() {
+        Ok(metadata) if metadata.len() == size => Ok(file),
+        _ => Err(wrong("has another size")),
+    }
+}
+
+fn region(
+    start: u64,
+    size: u64,
+    file: File,
+    config: &MemoryConfig,
+) -> Result<RamRegion, MemoryError> {
+    let hugepages = config.hugepages;
     let mut flags = libc::MAP_SHARED;
     if config.prefault || hugepages {
         // Huge pages that are missing shall fail here, not kill the VM when the guest touches them.
@@ -294,9 +347,13 @@ fn sealed_memfd(size: u64, hugepages: bool) -> io::Result<File> {
     }
     let file = memfd_create("guest-ram", flags)?;
     ftruncate(&file, size)?;
-    fcntl_add_seals(&file, SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL)?;
+    fcntl_add_seals(&file, SEALS)?;
     Ok(file.into())
 }
+
+const SEALS: SealFlags = SealFlags::SHRINK
+    .union(SealFlags::GROW)
+    .union(SealFlags::SEAL);
 
 #[cfg(test)]
 mod tests {
@@ -327,6 +384,24 @@ mod tests {
         dma.read(0x11ffe, &mut data).unwrap();
         assert_eq!(data, [1, 2, 3, 0]);
         assert!(dma.read(0x13ffe, &mut data).is_err());
+    }
+
+    #[test]
+    fn what_is_no_ram_is_not_taken_over() {
+        let take = |file: Option<File>| inherited_file(1 << 20, file.map(OwnedFd::from));
+        assert!(take(sealed_memfd(1 << 20, false).ok()).is_ok());
+        let unsealed = memfd_create("ram", MemfdFlags::ALLOW_SEALING).unwrap();
+        let unsealed = File::from(unsealed);
+        unsealed.set_len(1 << 20).unwrap();
+        for (file, what) in [
+            (None, "missing"),
+            (sealed_memfd(2 << 20, false).ok(), "size"),
+            (Some(unsealed), "sealed"),
+            (File::open("/dev/null").ok(), "memfd"),
+        ] {
+            let error = take(file).unwrap_err().to_string();
+            assert!(error.contains(what), "{error}");
+        }
     }
 
     #[test]

@@ -7,6 +7,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use super::commit::{Destination, DestinationAction, DestinationInput};
+use super::local::{self, HandedEstate};
 use super::ram::{self, Buffer};
 use super::reception::Reception;
 use super::record::Record;
@@ -16,6 +17,7 @@ use super::wire::{self, Kind, MigrationId, Role, WireError};
 use crate::control::{ControlError, Order, Resolution, Task};
 use crate::machine::Machine;
 use crate::machine::device_data::{DeviceDataError, Taking};
+use crate::machine::handover::{HandoverError, Inheritance};
 use crate::machine::state::{StateError, VERSION};
 use crate::memory::Memory;
 use crate::vm::RestoreError;
@@ -52,6 +54,9 @@ pub(crate) enum ReceiveError {
         "the VM is described in version {0} of the format, and this program reads version {VERSION}"
     )]
     Version(u32),
+    /// It is handed over, and cannot be taken over.
+    #[error(transparent)]
+    Handover(#[from] HandoverError),
     /// The VM cannot be here.
     #[error(transparent)]
     Restore(#[from] RestoreError),
@@ -137,6 +142,22 @@ impl<'a> Arrival<'a> {
             progress.memory_bytes = offer.machine.config.memory.size;
         });
         Ok(offer)
+    }
+
+    /// What is handed over to this process, if that is said.
+    pub(crate) fn inheritance(
+        &mut self,
+        handed: Option<HandedEstate>,
+    ) -> Result<Option<Inheritance>, ReceiveError> {
+        let inheritance = handed.map(|handed| local::inheritance(&mut self.control, handed));
+        inheritance.transpose()
+    }
+
+    /// Takes over the devices of a machine that has been made of its inheritance, and returns the state of the rest.
+    pub(crate) fn take_over(&mut self, machine: &Machine) -> Result<Last, ReceiveError> {
+        wire::send(&mut self.control, Kind::Ready, &[]).map_err(WireError::from)?;
+        self.control.set_patience(None);
+        local::take_over(&mut self.control, machine)
     }
 
     /// Takes in RAM and the devices' own state, over so many connections, and returns the state of the rest. The machine

@@ -2,13 +2,15 @@
 //!
 //! The [`source`] sends, the [`destination`] takes in what comes to its [`reception`]. [`commit`] is how they agree on which
 //! of them runs the VM, [`wire`] what they say to each other and [`stream`] over what, [`ram`] how guest memory goes over,
-//! and [`policy`] when the source stops its VM. The operations of the control API are what calls this.
+//! and [`policy`] when the source stops its VM. A VM that stays on its host is handed over as it is ([`local`]). The
+//! operations of the control API are what calls this.
 
 mod brake;
 mod commit;
 mod destination;
 mod device_logs;
 mod lanes;
+mod local;
 mod policy;
 mod precopy;
 mod ram;

@@ -8,11 +8,13 @@ use serde::{Deserialize, Serialize};
 
 use super::commit::{Source, SourceInput};
 use super::lanes::{Lanes, Load};
+use super::local::{self, HandedDevices, HandedEstate};
 use super::precopy::{self, Early, Tracking, microseconds};
 use super::stream::{ConnectError, PATIENCE, Route, Stream};
 use super::wire::{self, Kind, MigrationId, Role, WireError};
-use crate::control::{ControlError, Order, Phase, Resolution, SendRequest, Task};
+use crate::control::{ControlError, MigrationUrl, Order, Phase, Resolution, SendRequest, Task};
 use crate::machine::device_data::{self, DeviceDataError};
+use crate::machine::handover::HandoverError;
 use crate::machine::state::{Description, MachineState, StateError};
 use crate::machine::{FreezeError, Frozen, Machine};
 use crate::memory::written::Pages;
@@ -38,6 +40,12 @@ pub(crate) enum SendError {
     /// The way breaks off.
     #[error("the connection to the destination fails")]
     Wire(#[source] WireError),
+    /// It is to be handed over, and the destination is elsewhere, or so it seems.
+    #[error("{0}: a VM is handed over (local) on one host, by a Unix socket: give unix:PATH")]
+    NotLocal(MigrationUrl),
+    /// It cannot be handed over.
+    #[error(transparent)]
+    Handover(#[from] HandoverError),
     /// The guest's writes cannot be followed.
     #[error(transparent)]
     Log(#[from] DirtyLogError),
@@ -89,6 +97,9 @@ pub(crate) struct Offer {
     pub(crate) machine: Description,
     /// Over how many connections RAM comes.
     pub(crate) connections: u8,
+    /// What does not come, because it is here already.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) handed: Option<HandedEstate>,
 }
 
 /// What the source says last: the state of all that is neither RAM nor a device.
@@ -98,6 +109,9 @@ pub(crate) struct Last {
     pub(crate) state: MachineState,
     /// Whether the guest runs, or is paused.
     pub(crate) runs: bool,
+    /// Where the devices have been left, if they run on.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) handed: Option<HandedDevices>,
 }
 
 /// Sends the VM of `machine`. If this succeeds, it runs at the destination, and must not here.
@@ -106,7 +120,14 @@ pub(crate) fn send(
     request: &SendRequest,
     task: &Task,
 ) -> Result<Departed, SendError> {
-    machine.check_migratable()?;
+    if request.local {
+        if !matches!(request.destination, MigrationUrl::Unix(_)) {
+            return Err(SendError::NotLocal(request.destination.clone()));
+        }
+        machine.check_can_be_left()?;
+    } else {
+        machine.check_migratable()?;
+    }
     let route = Route::new(
         request.destination.clone(),
         request.tls_dir.as_deref(),
@@ -118,8 +139,14 @@ pub(crate) fn send(
         progress.memory_bytes = machine.memory.size();
     });
     let mut control = route.connect(task.cancel())?;
-    let sent = offer(&mut control, machine, request, id)
-        .and_then(|()| transfer(machine, request, task, &route, id, &mut control));
+    let greeted = wire::say_hello(&mut control, Role::Control, id);
+    greeted.map_err(WireError::from)?;
+    let sent = if request.local {
+        local::hand_over(machine, request, task, &route, id, &mut control)
+    } else {
+        offer(&mut control, machine, request)
+            .and_then(|()| transfer(machine, request, task, &route, id, &mut control))
+    };
     if let Err(error) = &sent {
         // It may have gone long since.
         let _ = wire::refuse(&mut control, error);
@@ -137,18 +164,18 @@ pub(crate) enum Departed {
 }
 
 /// Tells of the VM, and waits until the destination has made one like it.
-fn offer(
-    control: &mut Stream,
-    machine: &Machine,
-    request: &SendRequest,
-    id: MigrationId,
-) -> Result<(), SendError> {
-    wire::say_hello(control, Role::Control, id).map_err(WireError::from)?;
+fn offer(control: &mut Stream, machine: &Machine, request: &SendRequest) -> Result<(), SendError> {
     let offer = serde_json::to_vec(&Offer {
         machine: machine.describe()?,
         connections: request.connections,
+        handed: None,
     })?;
     wire::send(control, Kind::Machine, &[&offer]).map_err(WireError::from)?;
+    await_ready(control)
+}
+
+/// Waits until the destination has made the machine.
+pub(super) fn await_ready(control: &mut Stream) -> Result<(), SendError> {
     // It may have to wait for the servers of its devices, and each of them has its own time limit.
     control.set_patience(Some(MAKING));
     wire::expect(control, Kind::Ready)?;
@@ -188,7 +215,19 @@ fn transfer(
     downtime.has_done("copy");
     wire::expect(control, Kind::Prepared)?;
     downtime.has_done("destination");
-    match commit(control, route, id, task) {
+    let ended = commit(control, route, id, task);
+    conclude(ended, frozen, paused, downtime, task)
+}
+
+/// What has become of a VM that stands still here, as its destination says.
+pub(super) fn conclude(
+    ended: Source,
+    frozen: Frozen<'_>,
+    paused: Paused<'_>,
+    mut downtime: Downtime,
+    task: &Task,
+) -> Result<Departed, SendError> {
+    match ended {
         Source::Gone => {
             downtime.has_done("commit");
             downtime.tell(task);
@@ -235,13 +274,14 @@ fn send_rest(
     let last = serde_json::to_vec(&Last {
         state: frozen.state()?,
         runs,
+        handed: None,
     })?;
     wire::send(control, Kind::State, &[&last]).map_err(WireError::from)?;
     Ok(())
 }
 
 /// Has the destination run the VM, and finds out whether it does, for as long as that takes.
-fn commit(control: &mut Stream, route: &Route, id: MigrationId, task: &Task) -> Source {
+pub(super) fn commit(control: &mut Stream, route: &Route, id: MigrationId, task: &Task) -> Source {
     task.enter(Phase::Committing);
     // From here on it is too late to cancel.
     control.ignore_cancel();
@@ -332,13 +372,13 @@ fn hear(stream: &mut Stream) -> Result<SourceInput, WireError> {
 
 /// The vCPUs of a machine, which stand still, and go on when this is dropped if they ran before.
 #[derive(Debug)]
-struct Paused<'m> {
+pub(super) struct Paused<'m> {
     machine: &'m Machine,
-    ran: bool,
+    pub(super) ran: bool,
 }
 
 impl<'m> Paused<'m> {
-    fn pause(machine: &'m Machine) -> Result<Self, SendError> {
+    pub(super) fn pause(machine: &'m Machine) -> Result<Self, SendError> {
         let vcpus = &machine.vcpus;
         let ran = vcpus.run_state() == RunState::Running;
         let paused = Self { machine, ran };
@@ -366,14 +406,14 @@ impl Drop for Paused<'_> {
 
 /// How long the guest stands still, and what that time goes to.
 #[derive(Debug)]
-struct Downtime {
+pub(super) struct Downtime {
     began: Instant,
     last: Instant,
     parts: BTreeMap<String, u64>,
 }
 
 impl Downtime {
-    fn begin() -> Self {
+    pub(super) fn begin() -> Self {
         let now = Instant::now();
         Self {
             began: now,
@@ -382,7 +422,7 @@ impl Downtime {
         }
     }
 
-    fn has_done(&mut self, part: &str) {
+    pub(super) fn has_done(&mut self, part: &str) {
         let now = Instant::now();
         let time = microseconds(now.duration_since(self.last));
         self.parts.insert(part.to_owned(), time);

@@ -1,5 +1,7 @@
 //! Connections between the two ends, over whatever they go.
 
+mod descriptors;
+
 use std::io::{self, IoSlice, Read, Write};
 use std::net::{TcpListener, TcpStream, ToSocketAddrs};
 use std::os::fd::{AsFd, BorrowedFd};

@@ -144,18 +144,26 @@ impl PciHost {
         Ok(())
     }
 
+    /// Uses those devices again that have been left. The interrupts are as they were.
+    pub(crate) fn come_back(&self) {
+        let left = self.devices.iter().filter(|device| device.is_left());
+        left.for_each(|device| resume(device));
+    }
+
     /// Gives the guest and the devices, which run, what they have missed. A device with which that fails is given up.
     pub(crate) fn resume(&self) {
-        for device in &self.devices {
-            if let Err(error) = device.resume() {
-                let reason: &dyn Display = &format_args!("it does not go on: {error}");
-                device.give_up(reason);
-            }
-        }
+        self.devices.iter().for_each(|device| resume(device));
     }
 
     fn device(&self, id: &str) -> Option<&Arc<Passthrough>> {
         self.devices.iter().find(|device| device.id() == id)
+    }
+}
+
+fn resume(device: &Passthrough) {
+    if let Err(error) = device.resume() {
+        let reason: &dyn Display = &format_args!("it does not go on: {error}");
+        device.give_up(reason);
     }
 }
 

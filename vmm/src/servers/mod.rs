@@ -11,7 +11,7 @@ use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use devices::{Backend as _, Remote};
+use devices::{Backend as _, Handover as _, Remote};
 use vfio_user_client::Counters;
 
 use self::built_in::BuiltIn;
@@ -200,12 +200,21 @@ impl Servers {
     pub(crate) fn add(&mut self, process: Arc<Process>, remote: Arc<Remote>) {
         self.0.push((process, remote));
     }
+
+    /// Their processes.
+    pub(crate) fn processes(&self) -> Vec<Arc<Process>> {
+        self.0.iter().map(|(process, _)| process.clone()).collect()
+    }
 }
 
 impl Drop for Servers {
     /// When a VM has ended, nobody has its images any more: the next may start with them at once.
     fn drop(&mut self) {
-        for (process, remote) in &self.0 {
+        // Those that another process goes on with are its own concern.
+        let (left, ours): (Vec<_>, Vec<_>) =
+            self.0.iter().partition(|(_, remote)| remote.is_away());
+        left.iter().for_each(|(process, _)| process.leave());
+        for (process, remote) in &ours {
             remote.close();
             let Counters {
                 calls,
@@ -220,7 +229,7 @@ impl Drop for Servers {
             );
         }
         let deadline = Instant::now() + PATIENCE;
-        for (process, _) in &self.0 {
+        for (process, _) in &ours {
             process.finish(deadline);
         }
     }

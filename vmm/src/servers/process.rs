@@ -5,7 +5,9 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::{CommandExt as _, ExitStatusExt as _};
 use std::process::{Child, Command, ExitStatus};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, Once, PoisonError};
+use std::thread;
 use std::time::{Duration, Instant};
 
 use event_manager::{EventOps, Events, MutEventSubscriber};
@@ -22,14 +24,25 @@ const THIS_PROGRAM: &str = "/proc/self/exe";
 /// How long the kernel may take to end a process that is killed: it finishes what it has begun with the host's storage.
 const KILLED: Duration = Duration::from_secs(1);
 
-/// A server's process. It is killed, if it still runs, when this is dropped.
+/// A server's process. It is killed, if it still runs, when this is dropped, unless it has been [left](Self::leave).
 #[derive(Debug)]
 pub(crate) struct Process {
     id: String,
-    child: Mutex<Child>,
-    /// Readable when the process has ended.
-    ended: OwnedFd,
+    /// None if it was started by the process that had the VM before.
+    child: Mutex<Option<Child>>,
+    /// A pidfd: readable when the process has ended.
+    ended: Arc<OwnedFd>,
+    is_left: AtomicBool,
     reported: Once,
+}
+
+/// How a process has ended.
+#[derive(Debug, Clone, Copy)]
+enum End {
+    /// As its parent hears.
+    Status(ExitStatus),
+    /// Only its parent hears.
+    Unknown,
 }
 
 impl Process {
@@ -49,12 +62,7 @@ impl Process {
         // Its ends have to be its alone, so that they are closed when it has ended.
         drop(command);
         match pidfd_open(Pid::from_child(&child), PidfdFlags::empty()) {
-            Ok(ended) => Ok(Self {
-                id: device.id.clone(),
-                child: Mutex::new(child),
-                ended,
-                reported: Once::new(),
-            }),
+            Ok(ended) => Ok(Self::new(device.id.clone(), Some(child), Arc::new(ended))),
             Err(errno) => {
                 child.kill()?;
                 child.wait()?;
@@ -63,15 +71,49 @@ impl Process {
         }
     }
 
+    /// The server of a device that another process has started, of which this is the pidfd.
+    pub(crate) fn inherit(id: &str, pidfd: Arc<OwnedFd>) -> Self {
+        Self::new(id.to_owned(), None, pidfd)
+    }
+
+    fn new(id: String, child: Option<Child>, ended: Arc<OwnedFd>) -> Self {
+        Self {
+            id,
+            child: Mutex::new(child),
+            ended,
+            is_left: AtomicBool::new(false),
+            reported: Once::new(),
+        }
+    }
+
+    /// What another process has to know it by.
+    pub(crate) fn pidfd(&self) -> &Arc<OwnedFd> {
+        &self.ended
+    }
+
+    /// Leaves it to another process, which goes on with it. It is not ended here any more, and forgotten when it ends.
+    pub(super) fn leave(&self) {
+        self.is_left.store(true, Ordering::Release);
+        let Some(mut child) = self.child().take() else {
+            return;
+        };
+        let reaper = thread::Builder::new().name("reaper".into());
+        let reaping = reaper.spawn(move || child.wait());
+        if let Err(error) = reaping {
+            log::debug!("{}: nobody waits for its server to end: {error}", self.id);
+        }
+    }
+
     /// What its device is called.
-    pub(super) fn id(&self) -> &str {
+    pub(crate) fn id(&self) -> &str {
         &self.id
     }
 
     /// Waits until `deadline` for the process to end by itself. After that, it is killed.
     pub(super) fn finish(&self, deadline: Instant) {
         match self.wait(deadline) {
-            Ok(Some(status)) if status.success() => {}
+            Ok(Some(End::Unknown)) => {}
+            Ok(Some(End::Status(status))) if status.success() => {}
             Ok(None) => log::warn!("{}: its server does not end, and is killed", self.id),
             _ => self.report_end(),
         }
@@ -81,10 +123,14 @@ impl Process {
     /// Waits until `deadline` for the process to end, and says how it did, if it has.
     pub(super) fn end(&self, deadline: Instant) -> Option<String> {
         match self.wait(deadline) {
-            Ok(Some(status)) if status.signal() == Some(libc::SIGSYS) => Some(format!(
-                "{status}, for a system call that its sandbox forbids; the kernel's log has its number"
-            )),
-            Ok(status) => status.map(|status| status.to_string()),
+            Ok(Some(End::Status(status))) if status.signal() == Some(libc::SIGSYS) => {
+                Some(format!(
+                    "{status}, for a system call that its sandbox forbids; the kernel's log has its number"
+                ))
+            }
+            Ok(Some(End::Status(status))) => Some(status.to_string()),
+            Ok(Some(End::Unknown)) => Some("it was started by another process".to_owned()),
+            Ok(None) => None,
             // Whoever started this process made it ignore SIGCHLD, and the kernel has forgotten.
             Err(error) => Some(error.to_string()),
         }
@@ -105,12 +151,18 @@ impl Process {
         }
     }
 
-    fn wait(&self, deadline: Instant) -> io::Result<Option<ExitStatus>> {
-        is_readable(&self.ended, deadline)?;
-        self.child().try_wait()
+    fn wait(&self, deadline: Instant) -> io::Result<Option<End>> {
+        let has_ended = is_readable(&self.ended, deadline)?;
+        match self.child().as_mut() {
+            Some(child) => Ok(child.try_wait()?.map(End::Status)),
+            None => Ok(has_ended.then_some(End::Unknown)),
+        }
     }
 
     fn kill(&self) {
+        if self.is_left.load(Ordering::Acquire) {
+            return;
+        }
         // This fails only if the process is no more. Its number may be another's by then.
         let _ = pidfd_send_signal(&self.ended, Signal::KILL);
         if let Ok(None) = self.wait(Instant::now() + KILLED) {
@@ -121,7 +173,7 @@ impl Process {
         }
     }
 
-    fn child(&self) -> MutexGuard<'_, Child> {
+    fn child(&self) -> MutexGuard<'_, Option<Child>> {
         self.child.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
