@@ -41,13 +41,13 @@ impl Record {
     }
 
     /// Goes on to where `input` leads, and says what is to be done; nothing if there has been no such migration. If it is
-    /// the end of the copy that is here, the operation that has it is told.
+    /// the end of a copy because the source has asked for it, the operation that has the copy is told.
     pub(super) fn on(&self, id: MigrationId, input: DestinationInput) -> Option<DestinationAction> {
         let mut entries = self.lock();
         let entry = entries.iter_mut().find(|entry| entry.id == id)?;
         let (state, action) = entry.state.on(input);
         entry.state = state;
-        if action == DestinationAction::Discard {
+        if (input, action) == (DestinationInput::Asked, DestinationAction::Discard) {
             entry.cancel.ask();
         }
         Some(action)
