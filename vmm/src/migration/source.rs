@@ -25,6 +25,8 @@ use crate::vcpus::RunState;
 const PAUSE: Duration = Duration::from_secs(30);
 /// How often a destination is asked how a migration ended.
 const ASK_AGAIN: Duration = Duration::from_secs(1);
+/// How long a destination that is told that the VM does not come may take to hear that.
+const FAREWELL: Duration = Duration::from_secs(2);
 /// How long it may take to answer that.
 const ANSWER: Duration = Duration::from_secs(5);
 
@@ -149,6 +151,8 @@ pub(crate) fn send(
     };
     if let Err(error) = &sent {
         // It may have gone long since.
+        control.ignore_cancel();
+        control.set_patience(Some(FAREWELL));
         let _ = wire::refuse(&mut control, error);
     }
     sent

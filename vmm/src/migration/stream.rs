@@ -307,10 +307,7 @@ impl Stream {
     fn wait<R>(&mut self, mut step: impl FnMut(&mut Socket) -> io::Result<R>) -> io::Result<R> {
         let mut since = None;
         loop {
-            match step(&mut self.socket) {
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
-                result => return result,
-            }
+            // Also where bytes come and go all the time.
             if self.cancel.as_ref().is_some_and(|cancel| cancel.is_asked()) {
                 // (As `Interrupted` it would be tried again.)
                 return Err(io::Error::other("the operation was cancelled"));
@@ -321,6 +318,10 @@ impl Stream {
                 .is_some_and(|broken| broken.load(Ordering::Acquire))
             {
                 return Err(io::Error::other("another connection is lost"));
+            }
+            match step(&mut self.socket) {
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                result => return result,
             }
             let since = *since.get_or_insert_with(Instant::now);
             if self
