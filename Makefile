@@ -50,8 +50,10 @@ ifndef CASES
 endif
 	@tests/lab/run.sh $(LAB_DEADLINE) $(RELEASE)/lab-cases $(if $(SEED),--seed $(SEED)) $(CASES)
 
-soak: programs ## Kills servers of disks at random moments while guests write; COUNT= how many, SEED= repeats a run
-	@tests/lab/run.sh $(SOAK_DEADLINE) $(RELEASE)/lab-cases --soak $(or $(COUNT),200) --seed $(or $(SEED),$$(date +%s))
+soak: programs ## Has migrations fail, and kills disks' servers while guests write; COUNT= how many, SEED= repeats a run
+	@seed=$(or $(SEED),$$(date +%s)); \
+	COUNT=$(or $(COUNT),200) SEED=$$seed $(CARGO) test --package tests --locked --test migration_faults -- --nocapture && \
+	tests/lab/run.sh $(SOAK_DEADLINE) $(RELEASE)/lab-cases --soak $(or $(COUNT),200) --seed $$seed
 
 vf: programs ## Gives a guest a virtual function of a network card, in a lab that QEMU 11.1 runs
 	@if tests/lab/qemu-peer.sh; then \

@@ -5,6 +5,7 @@ pub mod api;
 pub mod backend_contract;
 pub mod crossing;
 pub mod device_thread;
+pub mod faults;
 pub mod foreign;
 pub mod lab;
 pub mod migration_contract;

@@ -93,7 +93,8 @@ pub fn disk_guest_beside(
     })
 }
 
-/// As [`disk_guest_beside`], with a first CPU that begins again with the first job when it has done the last.
+/// As [`disk_guest_beside`], with a first CPU that ends its line and begins again with the first job when
+/// it has done the last.
 ///
 /// # Errors
 /// As of [`guest()`].
@@ -108,6 +109,9 @@ pub fn endless_disk_guest_beside(
         begin(code)?;
         code.set_label(&mut again)?;
         run(code, jobs, fails)?;
+        code.push(eax)?;
+        code.print(b'\n')?;
+        code.pop(eax)?;
         code.jmp(again)?;
         end(code, fails)?;
         code.set_label(&mut entry)?;
