@@ -3,6 +3,7 @@
 //! A migration that is in doubt goes on until that is resolved, but whoever waits for its outcome is told of the doubt.
 
 use std::collections::VecDeque;
+use std::fmt::Display;
 use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -272,8 +273,15 @@ impl Task {
 
     fn tell(&self, phase: Phase) {
         let operation = self.kind.endpoint();
-        self.events
-            .tell("migration", phase.name(), &[("operation", &operation)]);
+        let (id, downtime) = {
+            let progress = self.lock();
+            (progress.id.clone(), progress.downtime_us)
+        };
+        let mut properties: Vec<(_, &dyn Display)> = vec![("operation", &operation)];
+        properties.extend(id.as_ref().map(|id| ("id", id as &dyn Display)));
+        let downtime = downtime.as_ref().filter(|_| phase.is_end());
+        properties.extend(downtime.map(|time| ("downtime_us", time as &dyn Display)));
+        self.events.tell("migration", phase.name(), &properties);
         log::info!("{operation}: {}", phase.name());
     }
 

@@ -136,10 +136,24 @@ impl fmt::Display for Summary<'_> {
             progress.rounds,
             HumanBytes(progress.copied_bytes)
         )?;
-        match progress.downtime_us {
-            Some(downtime) => write!(f, "; the guest stood still for {}", Milliseconds(downtime)),
-            None => Ok(()),
+        let Some(downtime) = progress.downtime_us else {
+            return Ok(());
+        };
+        write!(f, "; the guest stood still for {}", Milliseconds(downtime))?;
+        let mut separator = " (";
+        for (part, time) in &progress.downtime_parts_us {
+            write!(
+                f,
+                "{separator}{} {}",
+                part.replace('_', " "),
+                Milliseconds(*time)
+            )?;
+            separator = ", ";
         }
+        if separator == ", " {
+            f.write_str(")")?;
+        }
+        Ok(())
     }
 }
 
@@ -173,8 +187,14 @@ mod tests {
             line,
             "Precopy, round 3, 100.00 MiB/s, 1.00 MiB left, downtime about 12.3 ms"
         );
-        let end = Summary(&progress()).to_string();
-        assert_eq!(end, "the VM has moved: 1500 ms, 3 rounds, 2.00 GiB");
+        let mut end = progress();
+        let text = Summary(&end).to_string();
+        assert_eq!(text, "the VM has moved: 1500 ms, 3 rounds, 2.00 GiB");
+        end.downtime_us = Some(4321);
+        end.downtime_parts_us = [("dirty_log".to_owned(), 321), ("pause".to_owned(), 4000)].into();
+        let text = Summary(&end).to_string();
+        let expected = "; the guest stood still for 4.3 ms (dirty log 0.3 ms, pause 4.0 ms)";
+        assert!(text.ends_with(expected), "{text}");
     }
 
     #[test]
