@@ -23,9 +23,9 @@ pub(super) fn keep_busy(is_over: &AtomicBool) -> Result<()> {
 
 fn work(is_over: &AtomicBool) -> Result<()> {
     /// At a time, between pauses: what is written must not be more than can be copied.
-    const AT_A_TIME: u64 = 16;
+    const AT_A_TIME: u64 = 8;
     const PAUSE: Duration = Duration::from_millis(10);
-    const BETWEEN_LINES: u64 = 1024;
+    const BETWEEN_LINES: u64 = 256;
     let mut words = vec![0; PAGES * WORDS];
     let mut generations = vec![0_u64; PAGES];
     for (page, words) in words.chunks_exact_mut(WORDS).enumerate() {

@@ -26,25 +26,30 @@ impl Ping {
         Ok(ping)
     }
 
-    /// How long there was no answer since then, at most, and for how long what was asked was never answered. When this
-    /// returns it is answered again.
-    pub(crate) fn silence(&mut self, since: Instant) -> Result<(Duration, Duration)> {
+    /// For how long what was asked since then was never answered, when it is again.
+    pub(crate) fn lost_since(&mut self, since: Instant) -> Result<Duration> {
         self.await_answers()?;
-        let answers = self.process.lines().iter();
-        let answers: Vec<_> = answers
-            .filter_map(|line| Some((line.at, number(&line.text)?)))
-            .collect();
+        let answers: Vec<_> = self.answers().collect();
         let first = answers.iter().rposition(|(at, _)| *at < since);
         let recent = answers.get(first.unwrap_or(0)..).unwrap_or_default();
-        let gaps = recent.iter().zip(recent.iter().skip(1));
-        let longest = gaps.map(|(one, next)| next.0 - one.0).max();
-        let (Some(longest), [(_, first), .., (_, last)]) = (longest, recent) else {
+        let [(_, first), .., (_, last)] = recent else {
             return None.context("too few answers");
         };
         let asked = last.checked_sub(*first).context("not in order")? + 1;
-        let answered = u64::try_from(recent.len())?;
-        let lost = u32::try_from(asked.saturating_sub(answered))?;
-        Ok((longest.saturating_sub(PAUSE), PAUSE * lost))
+        let lost = asked.saturating_sub(u32::try_from(recent.len())?);
+        Ok(PAUSE * lost)
+    }
+
+    /// For how long what was asked at the beginning was never answered.
+    pub(crate) fn lost(&self) -> Duration {
+        let first = self.answers().next();
+        first.map_or(Duration::MAX, |(_, number)| PAUSE * number)
+    }
+
+    /// When each question was answered that was.
+    fn answers(&self) -> impl Iterator<Item = (Instant, u32)> {
+        let lines = self.process.lines().iter();
+        lines.filter_map(|line| Some((line.at, number(&line.text)?)))
     }
 
     /// Waits until so many are answered, from now on, without one missing in between that all others have come that will.
@@ -67,7 +72,7 @@ impl Ping {
 }
 
 /// Which question a line answers.
-fn number(line: &str) -> Option<u64> {
+fn number(line: &str) -> Option<u32> {
     let (_, rest) = line.split_once("seq=")?;
     rest.split_whitespace().next()?.parse().ok()
 }
