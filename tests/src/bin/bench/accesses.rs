@@ -65,7 +65,7 @@ pub(crate) fn measure(bench: &mut Bench) -> anyhow::Result<()> {
     ];
     let device = device::serve()?;
     let devices = [device.socket().to_owned()];
-    let bare = placement::server(bare::Server::start)?;
+    let bare = placement::on_one_cpu(bare::Server::start)?;
     for (definition, count, body) in kinds {
         let kernel = guest(|code| body(code, count))?;
         let guest = Guest::small(kernel.path(), &devices);
@@ -99,7 +99,7 @@ fn everyone(
 
 /// The time of each of so many, in microseconds.
 fn time(command: &mut Command, count: u32) -> anyhow::Result<f64> {
-    let mut program = placement::vmm(|| Running::start(command))?;
+    let mut program = placement::on_one_cpu(|| Running::start(command))?;
     let begin = program.wait_for(BEGIN, Some(FAILED))?;
     let end = program.wait_for(END, Some(FAILED))?;
     Ok((end - begin).as_secs_f64() * 1e6 / f64::from(count))

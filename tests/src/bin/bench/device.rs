@@ -37,12 +37,12 @@ pub(crate) const RUNG: u32 = SCRATCH + 0x100;
 /// Where in guest memory the guest counts how often it went to sleep.
 pub(crate) const SLEPT: u32 = SCRATCH + 0x140;
 
-/// Serves the device, where servers have their place.
+/// Serves the device, where accesses are measured.
 ///
 /// # Errors
 /// When there is no place for the socket, or the server does not start.
 pub(crate) fn serve() -> anyhow::Result<DeviceThread> {
-    placement::server(|| DeviceThread::custom(description(0), |host| Measured::new(host, None)))
+    placement::on_one_cpu(|| DeviceThread::custom(description(0), |host| Measured::new(host, None)))
 }
 
 /// Serves several, wherever there is a CPU: their device ids follow each other.

@@ -66,10 +66,10 @@ impl Measurement {
         peers.chain(self.limit.iter().map(|series| ("limit", series)))
     }
 
-    /// Whether ours is what it should be. One aim that is missed is enough for a no.
-    pub(crate) fn verdict(&self) -> Verdict {
-        let verdicts = self.definition.aims.iter().map(|aim| self.reaches(*aim));
-        verdicts.max().unwrap_or(Verdict::Open)
+    /// Which aims there are, and whether ours reaches them.
+    pub(crate) fn verdicts(&self) -> impl Iterator<Item = (Aim, Verdict)> {
+        let aims = self.definition.aims.iter();
+        aims.map(|aim| (*aim, self.reaches(*aim)))
     }
 
     fn reaches(&self, aim: Aim) -> Verdict {
@@ -96,6 +96,18 @@ impl Measurement {
 }
 
 impl Aim {
+    /// The ratio, as in "limit ≤ 1.25".
+    pub(crate) fn short(self, better: Better) -> String {
+        let sign = match better {
+            Better::Less => '≤',
+            Better::More => '≥',
+        };
+        match self {
+            Self::OfLimit(ratio) => format!("limit {sign} {}", hundredths(ratio)),
+            Self::OfEachPeer(ratio) => format!("peers {sign} {}", hundredths(ratio)),
+        }
+    }
+
     /// In words, such as "at most 1.25 of the limit".
     pub(crate) fn words(self, better: Better) -> String {
         let bound = match better {
@@ -103,10 +115,15 @@ impl Aim {
             Better::More => "at least",
         };
         match self {
-            Self::OfLimit(ratio) => format!("{bound} {ratio} of the limit"),
-            Self::OfEachPeer(ratio) => format!("{bound} {ratio} of each peer"),
+            Self::OfLimit(ratio) => format!("{bound} {} of the limit", hundredths(ratio)),
+            Self::OfEachPeer(ratio) => format!("{bound} {} of each peer", hundredths(ratio)),
         }
     }
+}
+
+/// A ratio with two digits at most.
+fn hundredths(ratio: f64) -> f64 {
+    (ratio * 100.0).round() / 100.0
 }
 
 /// Samples in the order in which they were taken.
@@ -227,38 +244,42 @@ mod tests {
         }
     }
 
+    fn verdicts(measurement: &Measurement) -> Vec<Verdict> {
+        measurement.verdicts().map(|(_, verdict)| verdict).collect()
+    }
+
     #[test]
     fn aim_without_anything_to_compare_with_is_open() {
         let measurement = measurement(Better::Less, &[Aim::OfLimit(1.25), Aim::OfEachPeer(0.5)]);
-        assert_eq!(measurement.verdict(), Verdict::Open);
+        assert_eq!(verdicts(&measurement), [Verdict::Open, Verdict::Open]);
     }
 
     #[test]
     fn aim_is_met_up_to_its_bound() {
         let mut measurement = measurement(Better::Less, &[Aim::OfLimit(1.25)]);
         measurement.limit = Some(series(&[8.0, 8.0]));
-        assert_eq!(measurement.verdict(), Verdict::Met);
+        assert_eq!(verdicts(&measurement), [Verdict::Met]);
         measurement.limit = Some(series(&[7.0, 7.0]));
-        assert_eq!(measurement.verdict(), Verdict::Missed);
+        assert_eq!(verdicts(&measurement), [Verdict::Missed]);
     }
 
     #[test]
-    fn more_may_be_better() {
+    fn one_peer_that_is_better_is_enough() {
         let mut measurement = measurement(Better::More, &[Aim::OfEachPeer(1.2)]);
         measurement.peers = vec![("peer".into(), series(&[8.0, 8.0]))];
-        assert_eq!(measurement.verdict(), Verdict::Met);
+        assert_eq!(verdicts(&measurement), [Verdict::Met]);
         measurement
             .peers
             .push(("other".into(), series(&[9.0, 9.0])));
-        assert_eq!(measurement.verdict(), Verdict::Missed);
+        assert_eq!(verdicts(&measurement), [Verdict::Missed]);
     }
 
     #[test]
-    fn one_missed_aim_is_enough() {
+    fn each_aim_has_a_verdict_of_its_own() {
         let aims = &[Aim::OfLimit(1.25), Aim::OfEachPeer(0.5)];
         let mut measurement = measurement(Better::Less, aims);
         measurement.limit = Some(series(&[10.0]));
         measurement.peers = vec![("peer".into(), series(&[11.0]))];
-        assert_eq!(measurement.verdict(), Verdict::Missed);
+        assert_eq!(verdicts(&measurement), [Verdict::Met, Verdict::Missed]);
     }
 }

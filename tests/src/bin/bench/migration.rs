@@ -64,6 +64,8 @@ struct Kind {
     way: Way,
     connections: u32,
     writes: Writes,
+    /// Whether it is worth the time when there is little.
+    quick: bool,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -73,12 +75,12 @@ enum Way {
 }
 
 const KINDS: [Kind; 6] = [
-    kind("unix", Way::Unix, 1, Writes::No),
+    kind("unix", Way::Unix, 1, Writes::No).worthwhile(),
     kind("tcp, 1 connection", Way::Tcp, 1, Writes::No),
     kind("tcp, 4 connections", Way::Tcp, 4, Writes::No),
     kind("unix, writing", Way::Unix, 1, Writes::Yes),
     kind("tcp, 1 connection, writing", Way::Tcp, 1, Writes::Yes),
-    kind("tcp, 4 connections, writing", Way::Tcp, 4, Writes::Yes),
+    kind("tcp, 4 connections, writing", Way::Tcp, 4, Writes::Yes).worthwhile(),
 ];
 
 const fn kind(name: &'static str, way: Way, connections: u32, writes: Writes) -> Kind {
@@ -87,6 +89,16 @@ const fn kind(name: &'static str, way: Way, connections: u32, writes: Writes) ->
         way,
         connections,
         writes,
+        quick: false,
+    }
+}
+
+impl Kind {
+    const fn worthwhile(self) -> Self {
+        Self {
+            quick: true,
+            ..self
+        }
     }
 }
 
@@ -120,7 +132,7 @@ pub(crate) fn measure(bench: &mut Bench) -> anyhow::Result<()> {
     let mut speeds = Vec::new();
     let mut parts = Vec::new();
     for kind in KINDS {
-        if bench.quick && kind.writes == Writes::Yes && kind.connections == 1 {
+        if bench.quick && !kind.quick {
             continue;
         }
         let results = migrate_often(bench, kind, mebibytes)?;

@@ -83,11 +83,11 @@ impl Echo {
     }
 }
 
-/// Starts the thread, where servers run.
+/// Starts the thread, where the client runs, too.
 fn serve(
     connect: impl FnOnce() -> io::Result<Vec<UnixStream>> + Send + 'static,
 ) -> anyhow::Result<()> {
-    placement::server(|| {
+    placement::on_one_cpu(|| {
         thread::spawn(move || -> anyhow::Result<()> {
             let mut connections: Vec<_> = connect()?.into_iter().map(Echo::on).collect();
             loop {

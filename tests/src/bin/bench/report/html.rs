@@ -4,7 +4,7 @@ mod plot;
 
 use self::plot::{Row, plot};
 use super::{Report, rounded};
-use crate::measurement::{Aim, Better, Measurement, Verdict};
+use crate::measurement::{Better, Measurement, Verdict};
 
 /// A page with a section for each number.
 pub(super) fn page(report: &Report) -> String {
@@ -73,7 +73,7 @@ fn section(group: &[Measurement]) -> String {
         format!(" The limit is {}.", escaped(limit))
     });
     let rows: Vec<_> = group.iter().flat_map(rows).collect();
-    let verdicts: String = group.iter().filter_map(verdict).collect();
+    let verdicts: String = group.iter().flat_map(verdicts).collect();
     format!(
         "<h2><code>{}</code></h2>\n<p>{}, in {}; {better}.{limit}</p>\n{verdicts}{}\n",
         escaped(definition.key),
@@ -108,22 +108,22 @@ fn rows(measurement: &Measurement) -> Vec<Row> {
     rows
 }
 
-/// A line that says what ours should be, and whether it is.
-fn verdict(measurement: &Measurement) -> Option<String> {
-    let definition = measurement.definition;
-    let (class, word) = match measurement.verdict() {
-        Verdict::Met => ("reached", "reached"),
-        Verdict::Missed => ("missed", "missed"),
-        Verdict::Open => return None,
-    };
-    let aims = definition.aims.iter();
-    let aims: Vec<_> = aims.map(|aim: &Aim| aim.words(definition.better)).collect();
+/// Lines that say what ours should be, and whether it is.
+fn verdicts(measurement: &Measurement) -> impl Iterator<Item = String> {
     let case = measurement.case.as_deref();
     let case = case.map_or_else(String::new, |case| format!(" ({})", escaped(case)));
-    Some(format!(
-        "<p>Aim{case}: {}: <b class=\"{class}\">{word}</b></p>\n",
-        aims.join(", ")
-    ))
+    let better = measurement.definition.better;
+    measurement.verdicts().filter_map(move |(aim, verdict)| {
+        let word = match verdict {
+            Verdict::Met => "reached",
+            Verdict::Missed => "missed",
+            Verdict::Open => return None,
+        };
+        let aim = aim.words(better);
+        Some(format!(
+            "<p>Aim{case}: {aim}: <b class=\"{word}\">{word}</b></p>\n"
+        ))
+    })
 }
 
 fn capitalised(text: &str) -> String {
@@ -154,7 +154,8 @@ mod tests {
         assert!(
             page.contains("A read, in us; less is better. The limit is a &lt;bare&gt; socket.")
         );
-        assert!(page.contains("<b class=\"reached\">"));
+        assert!(page.contains("of the limit: <b class=\"reached\">"));
+        assert!(page.contains("of each peer: <b class=\"missed\">"));
         assert!(page.contains("<li>QEMU: its path was not given</li>"));
     }
 

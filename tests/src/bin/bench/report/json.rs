@@ -27,12 +27,10 @@ pub(super) fn document(report: &Report) -> Value {
     for measurement in &report.measurements {
         let definition = measurement.definition;
         let entry = document.entry(definition.key).or_insert_with(|| {
-            let aims = definition.aims.iter();
             json!({
                 "what": definition.what,
                 "unit": definition.unit,
                 "limit_is": definition.limit,
-                "aims": aims.map(|aim| aim.words(definition.better)).collect::<Vec<_>>(),
             })
         });
         let place = match &measurement.case {
@@ -55,11 +53,15 @@ fn numbers(measurement: &Measurement) -> [(&'static str, Value); 5] {
         .others()
         .map(|(name, other)| (name.to_owned(), series(&measurement.ours.over(other))))
         .collect();
-    let verdict = match measurement.verdict() {
-        Verdict::Met => Value::Bool(true),
-        Verdict::Missed => Value::Bool(false),
-        Verdict::Open => Value::Null,
-    };
+    let better = measurement.definition.better;
+    let aims = measurement.verdicts().map(|(aim, verdict)| {
+        let is_reached = match verdict {
+            Verdict::Met => Some(true),
+            Verdict::Missed => Some(false),
+            Verdict::Open => None,
+        };
+        json!({"aim": aim.words(better), "is_reached": is_reached})
+    });
     [
         ("ours", series(&measurement.ours)),
         ("peers", peers.into()),
@@ -68,7 +70,7 @@ fn numbers(measurement: &Measurement) -> [(&'static str, Value); 5] {
             measurement.limit.as_ref().map_or(Value::Null, series),
         ),
         ("ratio", ratios.into()),
-        ("is_as_aimed_at", verdict),
+        ("aims", aims.collect()),
     ]
 }
 
@@ -100,7 +102,13 @@ mod tests {
         assert_eq!(read["limit"]["upper_quartile"], 10.0);
         assert_eq!(read["ratio"]["limit"]["median"], 1.1);
         assert_eq!(read["ratio"]["Peer & Co"]["median"], 0.25);
-        assert_eq!(read["is_as_aimed_at"], true);
+        assert_eq!(
+            read["aims"],
+            json!([
+                {"aim": "at most 1.25 of the limit", "is_reached": true},
+                {"aim": "at most 0.1 of each peer", "is_reached": false},
+            ])
+        );
         assert_eq!(document["skipped"], json!(["QEMU: its path was not given"]));
     }
 
@@ -111,6 +119,6 @@ mod tests {
         assert_eq!(cases["1 vCPU"]["ours"]["median"], 52.0);
         assert_eq!(cases["2 vCPUs"]["ours"]["median"], 92.0);
         assert_eq!(cases["2 vCPUs"]["limit"], Value::Null);
-        assert_eq!(cases["2 vCPUs"]["is_as_aimed_at"], Value::Null);
+        assert_eq!(cases["2 vCPUs"]["aims"], json!([]));
     }
 }

@@ -81,7 +81,7 @@ mod tests {
         unit: "us",
         better: Better::Less,
         limit: Some("a <bare> socket"),
-        aims: &[Aim::OfLimit(1.25), Aim::OfEachPeer(0.5)],
+        aims: &[Aim::OfLimit(1.25), Aim::OfEachPeer(0.1)],
     };
     const SCALING: Definition = Definition {
         key: "scaling",

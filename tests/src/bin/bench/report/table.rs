@@ -8,7 +8,7 @@ pub(super) fn markdown(report: &Report) -> String {
     let peers = report.peers();
     let mut head = vec!["", "Outrigger"];
     head.extend(&peers);
-    head.extend(["limit", "aim"]);
+    head.extend(["limit", "aims"]);
     let mut rows = vec![head.into_iter().map(str::to_owned).collect::<Vec<_>>()];
     for measurement in &report.measurements {
         let mut row = vec![format!(
@@ -23,7 +23,7 @@ pub(super) fn markdown(report: &Report) -> String {
         }
         let limit = measurement.limit.as_ref();
         row.push(limit.map_or_else(String::new, |limit| beside(measurement, limit)));
-        row.push(verdict(measurement).to_owned());
+        row.push(verdicts(measurement));
         rows.push(row);
     }
     let mut text = format!("{}\n\n", report.machine.describe());
@@ -64,12 +64,20 @@ fn beside(measurement: &Measurement, other: &Series) -> String {
     format!("{}, ratio {:.2}", rounded(own.median), ratio.median)
 }
 
-fn verdict(measurement: &Measurement) -> &'static str {
-    match measurement.verdict() {
-        Verdict::Met => "reached",
-        Verdict::Missed => "missed",
-        Verdict::Open => "",
-    }
+/// Which aims are reached and which are not.
+fn verdicts(measurement: &Measurement) -> String {
+    let verdicts = measurement.verdicts().filter_map(|(aim, verdict)| {
+        let word = match verdict {
+            Verdict::Met => "reached",
+            Verdict::Missed => "missed",
+            Verdict::Open => return None,
+        };
+        Some(format!(
+            "{}: {word}",
+            aim.short(measurement.definition.better)
+        ))
+    });
+    verdicts.collect::<Vec<_>>().join("; ")
 }
 
 /// The rows, of which the first is the heading.
@@ -105,11 +113,11 @@ mod tests {
         let text = markdown(&sample());
         let (_, table) = text.split_once("\n\n").unwrap();
         let expected = "\
-|                   | Outrigger           | Peer & Co        | limit            | aim     |
-|-------------------|---------------------|------------------|------------------|---------|
-| `read_us`         | 11.0 (10.5 to 11.5) | 44.0, ratio 0.25 | 10.0, ratio 1.10 | reached |
-| `scaling` 1 vCPU  | 52.0 (51.0 to 53.0) |                  |                  |         |
-| `scaling` 2 vCPUs | 92.0 (91.0 to 93.0) |                  |                  |         |
+|                   | Outrigger           | Peer & Co        | limit            | aims                                       |
+|-------------------|---------------------|------------------|------------------|--------------------------------------------|
+| `read_us`         | 11.0 (10.5 to 11.5) | 44.0, ratio 0.25 | 10.0, ratio 1.10 | limit ≤ 1.25: reached; peers ≤ 0.1: missed |
+| `scaling` 1 vCPU  | 52.0 (51.0 to 53.0) |                  |                  |                                            |
+| `scaling` 2 vCPUs | 92.0 (91.0 to 93.0) |                  |                  |                                            |
 
 Not measured:
 
