@@ -168,7 +168,8 @@ pub(crate) fn interrupt_often(memory: &impl GuestMemoryBackend, count: u32, inte
             if since.elapsed() > PATIENCE {
                 return;
             }
-            std::hint::spin_loop();
+            // The guest may want this CPU.
+            thread::yield_now();
         }
         interrupt();
     }

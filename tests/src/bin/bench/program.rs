@@ -4,6 +4,7 @@ use std::fs::{self, File};
 use std::io::{Read, Seek};
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdout, Command, Stdio};
+use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, anyhow, bail};
@@ -126,10 +127,20 @@ pub(crate) fn wait_for(
 
 impl Drop for Running {
     fn drop(&mut self) {
+        let servers = processes(self.child.id()).unwrap_or_default();
         // One that has ended already cannot be killed.
         let _ = self.child.kill();
         let _ = self.child.wait();
+        // A VMM's servers end with it, and until then keep its disks from others.
+        let deadline = Instant::now() + Duration::from_secs(5);
+        while servers.iter().any(is_running) && Instant::now() < deadline {
+            thread::sleep(Duration::from_millis(1));
+        }
     }
+}
+
+fn is_running(process: &u32) -> bool {
+    Path::new(&format!("/proc/{process}")).exists()
 }
 
 /// A process and its descendants.
