@@ -120,7 +120,7 @@ impl From<ControlError> for Refusal {
                 StatusCode::NOT_FOUND
             }
             ControlError::State { .. } => StatusCode::METHOD_NOT_ALLOWED,
-            ControlError::HasVm => StatusCode::CONFLICT,
+            ControlError::HasVm | ControlError::Unresolved => StatusCode::CONFLICT,
             ControlError::Busy(_) => StatusCode::TOO_MANY_REQUESTS,
             ControlError::Invalid(_) => StatusCode::BAD_REQUEST,
             ControlError::NotSupported(_) => StatusCode::NOT_IMPLEMENTED,

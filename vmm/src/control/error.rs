@@ -22,6 +22,9 @@ pub enum ControlError {
     /// Another operation has not ended.
     #[error("{} is going on: wait for its end, or cancel it (vm.migration)", .0.endpoint())]
     Busy(OperationKind),
+    /// It is not known whether the VM runs elsewhere.
+    #[error("the VM's migration is in doubt: resolve that first (vm.resolve-migration)")]
+    Unresolved,
     /// There has been no operation.
     #[error("there is no operation, and has been none")]
     NoOperation,

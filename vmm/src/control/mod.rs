@@ -388,10 +388,7 @@ impl Control {
 
     /// An error, if an operation goes on.
     fn expect_no_operation(&self) -> Result<(), ControlError> {
-        match self.0.operations.going_on() {
-            Some(kind) => Err(ControlError::Busy(kind)),
-            None => Ok(()),
-        }
+        self.0.operations.expect_none()
     }
 
     fn slot(&self) -> MutexGuard<'_, Slot> {

@@ -49,8 +49,8 @@ impl Operations {
         body: impl FnOnce(&Task) -> Result<(), ControlError> + Send + 'static,
     ) -> Result<Pending, ControlError> {
         let mut current = self.lock();
-        if let Some(busy) = current.as_ref().filter(|current| current.task.goes_on()) {
-            return Err(ControlError::Busy(busy.task.kind));
+        if let Some(current) = current.as_ref() {
+            current.task.expect_end()?;
         }
         let failed = |source: io::Error| ControlError::failed("cannot start the operation", source);
         let (outcome, pending) = Pending::new();
@@ -81,11 +81,11 @@ impl Operations {
         }
     }
 
-    /// Which operation goes on.
-    pub(super) fn going_on(&self) -> Option<OperationKind> {
+    /// An error, if an operation goes on.
+    pub(super) fn expect_none(&self) -> Result<(), ControlError> {
         let current = self.lock();
         let task = current.as_ref().map(|current| &current.task);
-        task.filter(|task| task.goes_on()).map(|task| task.kind)
+        task.map_or(Ok(()), |task| task.expect_end())
     }
 
     /// Asks the operation that goes on to end. It does so soon, or has come too far for that.
@@ -285,6 +285,15 @@ impl Task {
         log::info!("{operation}: {}", phase.name());
     }
 
+    /// An error, unless it has come to its end.
+    fn expect_end(&self) -> Result<(), ControlError> {
+        match self.lock().phase {
+            Phase::InDoubt => Err(ControlError::Unresolved),
+            phase if phase.is_end() => Ok(()),
+            _ => Err(ControlError::Busy(self.kind)),
+        }
+    }
+
     fn goes_on(&self) -> bool {
         !self.lock().phase.is_end()
     }
@@ -348,7 +357,10 @@ mod tests {
             second,
             Err(ControlError::Busy(OperationKind::Send))
         ));
-        assert_eq!(operations.going_on(), Some(OperationKind::Send));
+        assert!(matches!(
+            operations.expect_none(),
+            Err(ControlError::Busy(OperationKind::Send))
+        ));
         finish.send(()).unwrap();
         outcome(first.unwrap()).unwrap();
         let progress = operations.progress().unwrap();
@@ -402,7 +414,11 @@ mod tests {
         let pending = run().unwrap();
         let error = outcome(pending).unwrap_err();
         assert_eq!(error.to_string(), "who knows");
-        assert_eq!(operations.going_on(), Some(OperationKind::Send));
+        assert!(matches!(
+            operations.expect_none(),
+            Err(ControlError::Unresolved)
+        ));
+        assert!(matches!(run(), Err(ControlError::Unresolved)));
         let progress = operations.progress().unwrap();
         assert_eq!((progress.phase, progress.error.len()), (Phase::InDoubt, 1));
         operations.cancel().unwrap();
