@@ -8,10 +8,12 @@ use std::path::{Path, PathBuf};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
+use guest::INTX;
+use iced_x86::code_asm::{dword_ptr, ebp, ebx, esi};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fd::OwnedFd;
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
-use serde_json::json;
+use serde_json::{Value, json};
 use tempfile::TempDir;
 use tests::api::{Answer, DONE, Vmm, request};
 use tests::lab::{Process, SOON};
@@ -20,6 +22,7 @@ use tests::saved::expect_same;
 use tests::tapped_socket::TappedSocket;
 use tests::tiny::demo::WRONG;
 use tests::tiny::disk::{END, FAILED};
+use tests::tiny::{self, FIRST_DEVICE, SCRATCH};
 use tests::travels::Luggage;
 
 /// A VM with a disk and a demo device, both at work, and with memory.
@@ -61,28 +64,31 @@ impl Guest {
 
     /// Hands it over to a new process.
     fn hand_over(&mut self) {
-        let next = Vmm::start(&[]).unwrap();
-        let (url, receiving) = self.receive(&next);
-        assert_eq!(self.send(&url), DONE);
-        assert_eq!(receiving.join().unwrap().unwrap(), DONE);
-        let last = std::mem::replace(&mut self.vmm, next);
-        assert!(ends(&last.process), "who has handed it over does not end");
+        hand_over(&mut self.vmm, self.folder.path());
         assert!(!self.disk.has_ended());
     }
 
-    /// Has a VMM wait for it.
-    fn receive(&self, next: &Vmm) -> (String, JoinHandle<anyhow::Result<Answer>>) {
-        let url = format!("unix:{}", self.folder.path().join("there").display());
-        let receiving = next.begin("vm.receive-migration", &json!({"receiver_url": url}));
-        next.wait_phase("Listening").unwrap();
-        (url, receiving)
-    }
-
-    fn send(&self, url: &str) -> Answer {
-        let request = json!({"destination_url": url, "local": true});
-        self.vmm
-            .put("vm.send-migration", &request.to_string())
-            .unwrap()
+    /// Takes a snapshot, when the devices have done what they had to do for a guest that stands still.
+    fn snapshot_of_rest(&self) -> PathBuf {
+        let state = |path: &Path| {
+            let machine = fs::read(path.join("machine.json")).unwrap();
+            let machine: Value = serde_json::from_slice(&machine).unwrap();
+            let ram = fs::read(path.join("ram")).unwrap();
+            (machine["state"]["pci"].clone(), ram)
+        };
+        let deadline = Instant::now() + SOON;
+        let (mut last, mut number) = (None, 0);
+        loop {
+            number += 1;
+            let path = self.folder.path().join(format!("rest-{number}"));
+            assert_eq!(self.vmm.snapshot(&path).unwrap(), DONE);
+            let now = Some(state(&path));
+            if now == last {
+                return path;
+            }
+            assert!(Instant::now() < deadline, "the devices do not come to rest");
+            last = now;
+        }
     }
 
     /// All that it has said, in the order in which it has to come.
@@ -113,6 +119,29 @@ impl Guest {
             thread::sleep(Duration::from_millis(1));
         }
     }
+}
+
+/// Hands a VM over to a new process.
+fn hand_over(vmm: &mut Vmm, folder: &Path) {
+    let next = Vmm::start(&[]).unwrap();
+    let (url, receiving) = receive(&next, folder);
+    assert_eq!(send(vmm, &url), DONE);
+    assert_eq!(receiving.join().unwrap().unwrap(), DONE);
+    let last = std::mem::replace(vmm, next);
+    assert!(ends(&last.process), "who has handed it over does not end");
+}
+
+/// Has a VMM wait for a VM.
+fn receive(next: &Vmm, folder: &Path) -> (String, JoinHandle<anyhow::Result<Answer>>) {
+    let url = format!("unix:{}", folder.join("there").display());
+    let receiving = next.begin("vm.receive-migration", &json!({"receiver_url": url}));
+    next.wait_phase("Listening").unwrap();
+    (url, receiving)
+}
+
+fn send(vmm: &Vmm, url: &str) -> Answer {
+    let request = json!({"destination_url": url, "local": true});
+    vmm.put("vm.send-migration", &request.to_string()).unwrap()
 }
 
 /// The process that serves the disk.
@@ -181,8 +210,8 @@ fn servers_hear_nothing_and_memory_stays() {
     }
     let mut guest = Guest::start();
     guest.vmm.pause().unwrap();
-    let [before, after] = ["before", "after"].map(|name| guest.folder.path().join(name));
-    assert_eq!(guest.vmm.snapshot(&before).unwrap(), DONE);
+    let before = guest.snapshot_of_rest();
+    let after = guest.folder.path().join("after");
     let messages = guest.demo.bytes();
     guest.hand_over();
     guest.hand_over();
@@ -196,26 +225,109 @@ fn servers_hear_nothing_and_memory_stays() {
 }
 
 #[test]
+fn interrupt_line_goes_along() {
+    if !has_kvm() {
+        return;
+    }
+    /// Config space: the Command register and BAR 0.
+    const COMMAND: u32 = FIRST_DEVICE + 0x04;
+    const BAR0: u32 = FIRST_DEVICE + 0x10;
+    /// Counts interrupts.
+    const COUNT: u32 = SCRATCH + 0x100;
+    let intx = i32::try_from(INTX).unwrap();
+    let kernel = tiny::guest(|code| {
+        let [mut again, mut wait, mut served] = std::array::from_fn(|_| code.create_label());
+        code.allow_interrupts()?;
+        code.route_intx()?;
+        // Memory space and bus master.
+        code.store(COMMAND, 0x6)?;
+        code.mov(ebp, dword_ptr(BAR0))?;
+        code.xor(ebx, ebx)?;
+        code.xor(esi, esi)?;
+        code.set_label(&mut again)?;
+        code.add(ebx, 3)?;
+        code.mov(dword_ptr(ebp + intx), 1)?;
+        code.set_label(&mut wait)?;
+        code.pause()?;
+        code.cmp(dword_ptr(COUNT), ebx)?;
+        code.jne(wait)?;
+        code.test(ebx, 0x3)?;
+        code.jnz(again)?;
+        code.print(b'.')?;
+        code.jmp(again)?;
+        // The third interrupt of a round lowers the line; until then it comes again and again. One may be for nothing.
+        code.begin_handler(0x60)?;
+        code.cmp(dword_ptr(ebp + intx), 0)?;
+        code.je(served)?;
+        code.inc(dword_ptr(COUNT))?;
+        code.inc(esi)?;
+        code.cmp(esi, 3)?;
+        code.jne(served)?;
+        code.xor(esi, esi)?;
+        code.mov(dword_ptr(ebp + intx), 0)?;
+        code.set_label(&mut served)?;
+        code.end_handler()
+    })
+    .unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    let [socket, console] = ["demo", "console"].map(|name| folder.path().join(name));
+    let _server = serve_demo(&socket).unwrap();
+    let mut vmm = Vmm::start(&[
+        "--kernel",
+        kernel.path().to_str().unwrap(),
+        "--memory",
+        "size=64M",
+        "--user-device",
+        &format!("id=demo,socket={}", socket.display()),
+        "--serial",
+        &format!("file={}", console.display()),
+    ])
+    .unwrap();
+    let expect_more = || {
+        let rounds = || fs::metadata(&console).map_or(0, |file| file.len());
+        let (before, deadline) = (rounds(), Instant::now() + SOON);
+        while rounds() < before + 2 {
+            assert!(Instant::now() < deadline, "no interrupts come");
+            thread::sleep(Duration::from_millis(1));
+        }
+    };
+    for _ in 0..6 {
+        expect_more();
+        hand_over(&mut vmm, folder.path());
+    }
+    expect_more();
+}
+
+#[test]
 fn vm_goes_on_when_its_destination_does_not() {
     if !has_kvm() {
         return;
     }
     let mut guest = Guest::start();
-    for stage in [Stage::Offered, Stage::Left] {
+    for stage in [Stage::Offered, Stage::Left, Stage::Ordered] {
         let path = guest.folder.path().join(format!("{stage:?}"));
         let listener = UnixListener::bind(&path).unwrap();
         let destination = thread::spawn(move || end_at(&listener, stage));
-        let answer = guest.send(&format!("unix:{}", path.display()));
+        let request = json!({"destination_url": format!("unix:{}", path.display()), "local": true});
+        let sending = guest.vmm.begin("vm.send-migration", &request);
         destination.join().unwrap();
-        assert!(answer.is_error(&["does not move"]), "{answer:?}");
+        let answer = sending.join().unwrap().unwrap();
+        if stage == Stage::Ordered {
+            assert!(answer.is_error(&["stands still here"]), "{answer:?}");
+            // Nobody but its user knows that it does not run there.
+            let resolved = guest.vmm.remote(&["resolve", "--run"]).unwrap();
+            assert_eq!(resolved.status.code(), Some(0));
+        } else {
+            assert!(answer.is_error(&["does not move"]), "{answer:?}");
+        }
         guest.expect_work();
     }
-    let answer = guest.send("tcp:127.0.0.1:9");
+    let answer = send(&guest.vmm, "tcp:127.0.0.1:9");
     assert!(answer.is_error(&["unix:PATH"]), "{answer:?}");
     assert!(!guest.disk.has_ended());
     // One that is there, and is not to have it after all.
     let next = Vmm::start(&[]).unwrap();
-    let (_, receiving) = guest.receive(&next);
+    let (_, receiving) = receive(&next, guest.folder.path());
     let cancelled = request(&next.socket, "DELETE", "vm.migration", "");
     assert_eq!(cancelled.unwrap().status, 204);
     assert!(receiving.join().unwrap().unwrap().status >= 400);
@@ -231,6 +343,8 @@ enum Stage {
     Offered,
     /// It has been given everything.
     Left,
+    /// It has been told to run it.
+    Ordered,
 }
 
 /// Takes part in a migration up to a stage, as a process that is killed then.
@@ -238,6 +352,8 @@ fn end_at(listener: &UnixListener, stage: Stage) {
     /// The kinds of frames.
     const READY: u32 = 2;
     const STATE: u32 = 6;
+    const PREPARED: u32 = 7;
+    const COMMIT: u32 = 8;
     let (mut stream, _) = listener.accept().unwrap();
     let mut hello = [0; 36];
     stream.read_exact(&mut hello).unwrap();
@@ -257,6 +373,16 @@ fn end_at(listener: &UnixListener, stage: Stage) {
     let length = u32::from_le_bytes([head[4], head[5], head[6], head[7]]);
     let mut state = vec![0; length as usize];
     stream.read_exact(&mut state).unwrap();
+    if stage == Stage::Left {
+        return;
+    }
+    let [prepared, none] = [PREPARED, 0].map(u32::to_le_bytes);
+    stream.write_all(&[prepared, none].concat()).unwrap();
+    // More descriptors, and the order.
+    while head != [COMMIT, 0].map(u32::to_le_bytes).concat()[..] {
+        head.rotate_left(1);
+        stream.read_exact(&mut head[7..]).unwrap();
+    }
 }
 
 /// Reads a frame.

@@ -5,7 +5,7 @@ use guest::{INTX, PBA_OFFSET, RAISE};
 use iced_x86::code_asm::{dword_ptr, eax, ebp, edi, esi};
 use tests::device_thread::DeviceThread;
 use tests::outrigger::{self, has_kvm};
-use tests::tiny::{self, Code, FIRST_DEVICE, IO_APIC, LOCAL_APIC, SCRATCH};
+use tests::tiny::{self, FIRST_DEVICE, LOCAL_APIC, SCRATCH};
 
 /// Config space: the Command register, BARs 0 and 1, and where the demo device has its MSI-X capability.
 const COMMAND: u32 = FIRST_DEVICE + 0x04;
@@ -82,21 +82,6 @@ fn msix_vectors_reach_their_handlers_and_wait_while_masked() {
     assert_eq!(output_of(&kernel.unwrap(), &device), "ABC2B0-C");
 }
 
-/// Has the I/O APIC send INTA of the first device to vector 0x60.
-fn route_intx(code: &mut Code) -> Result<(), iced_x86::IcedError> {
-    // Pin A of device 1 is the second of four lines from GSI 16 on.
-    const GSI: u32 = 17;
-    // The redirection entry: level-triggered, active low, to APIC 0.
-    for (register, value) in [
-        (0x11 + 2 * GSI, 0),
-        (0x10 + 2 * GSI, 1 << 15 | 1 << 13 | 0x60),
-    ] {
-        code.store(IO_APIC, register)?;
-        code.store(IO_APIC + 0x10, value)?;
-    }
-    Ok(())
-}
-
 #[test]
 fn intx_comes_again_while_the_device_holds_it() {
     if !has_kvm() {
@@ -107,7 +92,7 @@ fn intx_comes_again_while_the_device_holds_it() {
     let kernel = tiny::guest(|code| {
         let mut served = code.create_label();
         code.allow_interrupts()?;
-        route_intx(code)?;
+        code.route_intx()?;
         code.store(COMMAND, DECODE)?;
         code.mov(ebp, dword_ptr(BAR0))?;
         for round in 1..=2 {
@@ -144,7 +129,7 @@ fn intx_comes_again_after_it_was_disabled_in_its_handler() {
     let kernel = tiny::guest(|code| {
         let mut served = code.create_label();
         code.allow_interrupts()?;
-        route_intx(code)?;
+        code.route_intx()?;
         code.store(COMMAND, DECODE)?;
         code.mov(ebp, dword_ptr(BAR0))?;
         for round in 1..=3 {

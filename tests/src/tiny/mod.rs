@@ -244,6 +244,24 @@ impl Code {
         self.ret_1(8)
     }
 
+    /// Has the I/O APIC send INTA of the first device to vector 0x60.
+    ///
+    /// # Errors
+    /// As of the assembler.
+    pub fn route_intx(&mut self) -> Result<(), IcedError> {
+        // Pin A of device 1 is the second of four lines from GSI 16 on.
+        const GSI: u32 = 17;
+        // The redirection entry: level-triggered, active low, to APIC 0.
+        for (register, value) in [
+            (0x11 + 2 * GSI, 0),
+            (0x10 + 2 * GSI, 1 << 15 | 1 << 13 | 0x60),
+        ] {
+            self.store(IO_APIC, register)?;
+            self.store(IO_APIC + 0x10, value)?;
+        }
+        Ok(())
+    }
+
     /// Waits until the word at a physical address has this value.
     pub fn wait_for(&mut self, address: u32, value: u32) -> Result<(), IcedError> {
         let mut again = self.create_label();

@@ -239,9 +239,13 @@ pub(super) fn conclude(
             paused.abandon();
             Ok(Departed::Gone)
         }
-        Source::Kept => Err(SendError::Refused(
-            "it had everything, and refuses all the same".to_owned(),
-        )),
+        Source::Kept => {
+            // The devices go on before the guest does.
+            drop(frozen);
+            drop(paused);
+            let reason = "it had everything, and refuses all the same";
+            Err(SendError::Refused(reason.to_owned()))
+        }
         _ => {
             frozen.abandon();
             paused.abandon();
