@@ -31,6 +31,7 @@ mod migration;
 mod options;
 mod pci_host;
 mod platform;
+pub mod private_socket;
 mod saved;
 mod servers;
 mod slots;

@@ -5,11 +5,13 @@ mod remote;
 mod serve;
 mod vfio_command;
 
+use std::path::Path;
 use std::process::ExitCode;
 use std::time::Duration;
 
-use vmm::api::{Api, ApiSocket};
+use vmm::api::Api;
 use vmm::control::RestoreRequest;
+use vmm::private_socket::PrivateSocket;
 use vmm::{Ending, Events, VmConfig, Vmm};
 
 use crate::cli::{Cli, Command};
@@ -36,8 +38,8 @@ fn main() -> ExitCode {
 fn run(cli: &Cli) -> anyhow::Result<Ending> {
     let config = cli.vm_config()?;
     let restore = cli.restore_request()?;
-    let socket = cli.api_socket()?.as_deref().map(ApiSocket::bind);
-    let socket = socket.transpose()?;
+    let listen = |path: &Path| PrivateSocket::bind("--api-socket", path);
+    let socket = cli.api_socket()?.as_deref().map(listen).transpose()?;
     let events = cli.event_monitor()?.as_deref().map(Events::open);
     let events = events.transpose()?.unwrap_or_default();
     let mut vmm = Vmm::new(cli.policy(), events.clone())?;

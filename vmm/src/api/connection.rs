@@ -17,8 +17,8 @@ use tokio::time::{sleep, timeout};
 
 use super::endpoints;
 use super::reply::SLOWEST;
-use super::socket::ApiSocket;
 use crate::control::Control;
+use crate::private_socket::PrivateSocket;
 
 /// How many clients are served at once. Others wait until one of these has gone.
 const CONNECTIONS: usize = 64;
@@ -39,13 +39,14 @@ pub struct ApiError(#[source] io::Error);
 pub struct Api {
     stop: watch::Sender<bool>,
     thread: Option<JoinHandle<()>>,
-    _socket: ApiSocket,
+    _socket: PrivateSocket,
 }
 
 impl Api {
     /// Serves the VMM that `control` is the handle of.
-    pub fn serve(socket: ApiSocket, control: Control) -> Result<Self, ApiError> {
-        let listener = socket.listener().map_err(ApiError)?;
+    pub fn serve(socket: PrivateSocket, control: Control) -> Result<Self, ApiError> {
+        let listener = socket.listener().try_clone().map_err(ApiError)?;
+        listener.set_nonblocking(true).map_err(ApiError)?;
         let runtime = runtime::Builder::new_current_thread()
             .enable_all()
             .build()

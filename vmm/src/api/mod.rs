@@ -8,10 +8,8 @@ pub mod body;
 mod connection;
 mod endpoints;
 mod reply;
-mod socket;
 
 pub use self::connection::{Api, ApiError};
-pub use self::socket::{ApiSocket, SocketError};
 
 /// What all endpoints' paths begin with.
 pub const ROOT: &str = "/api/v1";

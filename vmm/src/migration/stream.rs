@@ -5,8 +5,8 @@ mod descriptors;
 use std::io::{self, IoSlice, Read, Write};
 use std::net::{TcpListener, TcpStream, ToSocketAddrs};
 use std::os::fd::{AsFd, BorrowedFd};
-use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::{Path, PathBuf};
+use std::os::unix::net::UnixStream;
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
@@ -15,6 +15,7 @@ use rustix::net::sockopt;
 
 use super::tls::{self, TlsError};
 use crate::control::{Cancel, MigrationUrl};
+use crate::private_socket::{PrivateSocket, SocketError};
 
 /// How long a peer may be silent, or take nothing, before its connection counts as lost.
 pub(super) const PATIENCE: Duration = Duration::from_secs(30);
@@ -44,6 +45,9 @@ pub(crate) enum ConnectError {
         #[source]
         source: io::Error,
     },
+    /// It cannot be waited for there.
+    #[error(transparent)]
+    Socket(#[from] SocketError),
     /// Guest memory would go over a network for everyone to read.
     #[error(
         "{0} is not on this host, and what goes there could be read by others: give tls_dir, or insecure=on if the \
@@ -166,20 +170,7 @@ pub(super) struct Listener {
 #[derive(Debug)]
 enum ListeningSocket {
     Tcp(TcpListener),
-    Unix(
-        UnixListener,
-        #[expect(dead_code, reason = "removed on drop")] SocketFile,
-    ),
-}
-
-/// A name in the file system, removed on drop.
-#[derive(Debug)]
-struct SocketFile(PathBuf);
-
-impl Drop for SocketFile {
-    fn drop(&mut self) {
-        let _ = std::fs::remove_file(&self.0);
-    }
+    Unix(PrivateSocket),
 }
 
 impl Listener {
@@ -203,8 +194,7 @@ impl Listener {
         };
         let socket = match url {
             MigrationUrl::Unix(path) => {
-                let listener = UnixListener::bind(path).map_err(failed)?;
-                ListeningSocket::Unix(listener, SocketFile(path.clone()))
+                ListeningSocket::Unix(PrivateSocket::bind("receiver_url", path)?)
             }
             MigrationUrl::Tcp { host, port } => {
                 let listener = TcpListener::bind((host.as_str(), *port));
@@ -220,7 +210,7 @@ impl Listener {
     /// The next connection. Whoever opens one and says nothing does not hold up more than its own.
     pub(super) fn accept(&self) -> io::Result<Incoming> {
         let socket = match &self.socket {
-            ListeningSocket::Unix(listener, _) => Socket::Unix(listener.accept()?.0),
+            ListeningSocket::Unix(socket) => Socket::Unix(socket.listener().accept()?.0),
             ListeningSocket::Tcp(listener) => {
                 let (stream, _) = listener.accept()?;
                 set_up_tcp(&stream)?;
@@ -237,7 +227,7 @@ impl Listener {
 impl AsFd for Listener {
     fn as_fd(&self) -> BorrowedFd<'_> {
         match &self.socket {
-            ListeningSocket::Unix(listener, _) => listener.as_fd(),
+            ListeningSocket::Unix(socket) => socket.as_fd(),
             ListeningSocket::Tcp(listener) => listener.as_fd(),
         }
     }

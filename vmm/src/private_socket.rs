@@ -1,26 +1,44 @@
-//! The socket that the API is served on: its owner's alone, and never another's.
+//! Unix sockets that are listened on, that of the API and those that VMs come by: their owner's alone, and never another's.
 
 use std::io;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{AtFlags, CWD, Mode, chmodat};
-use rustix::process::umask;
+use rustix::fs::{Mode, fchmod};
+use rustix::net::{
+    AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, listen, socket_with,
+};
 
-/// Why there is no socket.
+/// How many may wait to be accepted: as many as the kernel allows by default.
+const BACKLOG: i32 = 4096;
+
+/// Why there is no socket. Each names what asked for it.
 #[derive(Debug, thiserror::Error)]
 pub enum SocketError {
     /// There is something else in its place, which may be a link.
-    #[error("--api-socket {}: there is something that is not a socket; it is left as it is", .0.display())]
-    NotASocket(PathBuf),
+    #[error("{what} {}: there is something that is not a socket; it is left as it is", path.display())]
+    NotASocket {
+        /// What asked for it.
+        what: &'static str,
+        /// Where it should be.
+        path: PathBuf,
+    },
     /// Another process serves it.
-    #[error("--api-socket {}: another process listens on it", .0.display())]
-    InUse(PathBuf),
+    #[error("{what} {}: another process listens on it", path.display())]
+    InUse {
+        /// What asked for it.
+        what: &'static str,
+        /// Where it should be.
+        path: PathBuf,
+    },
     /// It cannot be listened on.
-    #[error("--api-socket {}: cannot listen on it", path.display())]
+    #[error("{what} {}: cannot listen on it", path.display())]
     Bind {
-        /// The socket.
+        /// What asked for it.
+        what: &'static str,
+        /// Where it should be.
         path: PathBuf,
         /// What the kernel says.
         #[source]
@@ -30,30 +48,36 @@ pub enum SocketError {
 
 /// A socket that is listened on. It is removed when this is dropped.
 #[derive(Debug)]
-pub struct ApiSocket {
+pub struct PrivateSocket {
     path: PathBuf,
     listener: UnixListener,
     /// The file system and inode of ours.
     identity: (u64, u64),
 }
 
-impl ApiSocket {
-    /// Listens on `path`, which only this user can connect to. A socket that nobody listens on any more is replaced. To be
-    /// called before there are other threads: it sets the process' umask for a moment.
-    pub fn bind(path: &Path) -> Result<Self, SocketError> {
-        make_room(path)?;
+impl PrivateSocket {
+    /// Listens on `path`, which only this user can connect to. A socket that nobody listens on any more is replaced.
+    /// `what` asks for it: an option, or a field of a request.
+    ///
+    /// # Errors
+    /// When there is something else, or the kernel refuses.
+    pub fn bind(what: &'static str, path: &Path) -> Result<Self, SocketError> {
+        make_room(what, path)?;
         let bind = || {
-            // Nobody else can connect, not even before its mode is set.
-            let before = umask(Mode::RWXG | Mode::RWXO | Mode::XUSR);
-            let listener = UnixListener::bind(path);
-            umask(before);
-            let listener = listener?;
-            listener.set_nonblocking(true)?;
-            chmodat(CWD, path, Mode::RUSR | Mode::WUSR, AtFlags::empty())?;
-            let identity = identity(path)?;
-            Ok((listener, identity))
+            let listener = socket_with(
+                AddressFamily::UNIX,
+                SocketType::STREAM,
+                SocketFlags::CLOEXEC,
+                None,
+            )?;
+            // The file gets its mode from this: at no time can anybody else connect (unix(7), unix_bind in the kernel).
+            fchmod(&listener, Mode::RUSR | Mode::WUSR)?;
+            bind(&listener, &SocketAddrUnix::new(path)?)?;
+            listen(&listener, BACKLOG)?;
+            Ok((UnixListener::from(listener), identity(path)?))
         };
         let (listener, identity) = bind().map_err(|source| SocketError::Bind {
+            what,
             path: path.to_owned(),
             source,
         })?;
@@ -64,13 +88,19 @@ impl ApiSocket {
         })
     }
 
-    /// The socket itself, non-blocking.
-    pub(super) fn listener(&self) -> io::Result<UnixListener> {
-        self.listener.try_clone()
+    /// The socket itself.
+    pub(crate) fn listener(&self) -> &UnixListener {
+        &self.listener
     }
 }
 
-impl Drop for ApiSocket {
+impl AsFd for PrivateSocket {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.listener.as_fd()
+    }
+}
+
+impl Drop for PrivateSocket {
     fn drop(&mut self) {
         // Whoever has put something else in its place shall keep it.
         if identity(&self.path).is_ok_and(|identity| identity == self.identity)
@@ -82,11 +112,18 @@ impl Drop for ApiSocket {
 }
 
 /// Removes a socket that was left behind. Anything else stays.
-fn make_room(path: &Path) -> Result<(), SocketError> {
+fn make_room(what: &'static str, path: &Path) -> Result<(), SocketError> {
+    let in_use = || SocketError::InUse {
+        what,
+        path: path.to_owned(),
+    };
     match path.symlink_metadata() {
         Err(_) => return Ok(()),
         Ok(metadata) if !metadata.file_type().is_socket() => {
-            return Err(SocketError::NotASocket(path.to_owned()));
+            return Err(SocketError::NotASocket {
+                what,
+                path: path.to_owned(),
+            });
         }
         Ok(_) => {}
     }
@@ -96,9 +133,9 @@ fn make_room(path: &Path) -> Result<(), SocketError> {
             let _ = std::fs::remove_file(path);
             Ok(())
         }
-        Ok(_) => Err(SocketError::InUse(path.to_owned())),
+        Ok(_) => Err(in_use()),
         // Someone who is too busy to take connections, or whom we may not connect to, is someone.
-        Err(_) => Err(SocketError::InUse(path.to_owned())),
+        Err(_) => Err(in_use()),
     }
 }
 
@@ -114,14 +151,20 @@ mod tests {
 
     use super::*;
 
+    fn bind(path: &Path) -> Result<PrivateSocket, SocketError> {
+        PrivateSocket::bind("--test", path)
+    }
+
     #[test]
     fn socket_is_its_users_alone_and_goes_when_it_is_done() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("api");
-        let socket = ApiSocket::bind(&path).unwrap();
+        let socket = bind(&path).unwrap();
         let mode = path.symlink_metadata().unwrap().permissions().mode();
         assert_eq!(mode & 0o7777, 0o600);
-        assert!(matches!(ApiSocket::bind(&path), Err(SocketError::InUse(_))));
+        let error = bind(&path).unwrap_err();
+        assert!(matches!(error, SocketError::InUse { .. }));
+        assert!(error.to_string().starts_with("--test "), "{error}");
         drop(socket);
         assert!(!path.exists());
     }
@@ -131,7 +174,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("api");
         drop(UnixListener::bind(&path).unwrap());
-        let _socket = ApiSocket::bind(&path).unwrap();
+        let _socket = bind(&path).unwrap();
         assert!(UnixStream::connect(&path).is_ok());
     }
 
@@ -146,16 +189,13 @@ mod tests {
         fs::write(&file, "precious").unwrap();
         symlink(&target, &link).unwrap();
         for path in [&file, &link] {
-            assert!(matches!(
-                ApiSocket::bind(path),
-                Err(SocketError::NotASocket(_))
-            ));
+            assert!(matches!(bind(path), Err(SocketError::NotASocket { .. })));
         }
         assert_eq!(fs::read_to_string(file).unwrap(), "precious");
         assert!(!target.exists());
         // Nor is a link to a socket that nobody listens on followed.
         drop(UnixListener::bind(&target).unwrap());
-        assert!(ApiSocket::bind(&link).is_err());
+        assert!(bind(&link).is_err());
         assert!(target.exists());
     }
 
@@ -163,7 +203,7 @@ mod tests {
     fn what_took_its_place_stays() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("api");
-        let socket = ApiSocket::bind(&path).unwrap();
+        let socket = bind(&path).unwrap();
         fs::remove_file(&path).unwrap();
         fs::write(&path, "another's").unwrap();
         drop(socket);
