@@ -92,7 +92,10 @@ impl Operations {
     pub(super) fn cancel(&self) -> Result<(), ControlError> {
         match self.lock().as_ref() {
             Some(current) if current.task.goes_on() => {
-                current.task.cancel.ask();
+                // It would be said to have ended for this, however its doubt is resolved.
+                if current.task.lock().phase != Phase::InDoubt {
+                    current.task.cancel.ask();
+                }
                 Ok(())
             }
             _ => Err(ControlError::NoOperation),

@@ -45,9 +45,13 @@ impl Record {
     pub(super) fn on(&self, id: MigrationId, input: DestinationInput) -> Option<DestinationAction> {
         let mut entries = self.lock();
         let entry = entries.iter_mut().find(|entry| entry.id == id)?;
-        let (state, action) = entry.state.on(input);
+        let was = entry.state;
+        let (state, action) = was.on(input);
         entry.state = state;
-        if (input, action) == (DestinationInput::Asked, DestinationAction::Discard) {
+        let is_taken_back =
+            (input, action) == (DestinationInput::Asked, DestinationAction::Discard);
+        // One in doubt waits for nothing else, and has not been cancelled by anybody.
+        if is_taken_back && was != Destination::InDoubt {
             entry.cancel.ask();
         }
         Some(action)
