@@ -25,6 +25,7 @@ const BOOT: Definition = Definition {
 const BOOT_WITH_DISK: Definition = Definition {
     key: "boot_with_disk_first_output_ms",
     what: "the same with a disk",
+    aims: &[],
     ..BOOT
 };
 const PSS: Definition = Definition {
