@@ -129,12 +129,15 @@ impl Programs {
             return None;
         }
         let mut command = Command::new(&qemu.path);
-        command.args("-M q35,memory-backend=ram -accel kvm -bios qboot.rom".split(' '));
+        command.args("-M q35 -accel kvm -bios qboot.rom".split(' '));
         command.args("-nodefaults -no-user-config -display none -serial stdio".split(' '));
         let size = guest.mebibytes;
         command.args(["-m", &format!("{size}M"), "-smp", &guest.cpus.to_string()]);
-        command.arg("-object");
-        command.arg(format!("memory-backend-memfd,id=ram,size={size}M,share=on"));
+        if !guest.devices.is_empty() {
+            // Their servers are to reach guest memory.
+            command.args(["-machine", "memory-backend=ram", "-object"]);
+            command.arg(format!("memory-backend-memfd,id=ram,size={size}M,share=on"));
+        }
         command.arg("-kernel").arg(guest.kernel);
         for socket in guest.devices {
             command.arg("-device").arg(format!(
