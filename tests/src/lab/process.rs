@@ -21,6 +21,9 @@ pub struct Process {
     read: usize,
     /// The beginning of a line of what the test [follows](Process::follow).
     unfinished: String,
+    /// The program's own end.
+    gone: Option<Exit>,
+    /// The same, when nobody can write where it did any more.
     exit: Option<Exit>,
     log: File,
 }
@@ -61,6 +64,7 @@ enum Event {
     Line(Line),
     /// The beginning of a line, where there is no more for now.
     Unfinished(String),
+    Gone(Exit),
     Exit(Exit),
 }
 
@@ -89,6 +93,7 @@ impl Process {
         thread::spawn(move || {
             let Ok(status) = child.wait() else { return };
             let at = Instant::now();
+            let _ = exits.send(Event::Gone(Exit { at, status }));
             // Whoever hears of the exit has heard everything before it.
             readers.into_iter().for_each(|reader| drop(reader.join()));
             let _ = exits.send(Event::Exit(Exit { at, status }));
@@ -100,6 +105,7 @@ impl Process {
             lines: Vec::new(),
             read: 0,
             unfinished: String::new(),
+            gone: None,
             exit: None,
             log,
         })
@@ -171,7 +177,21 @@ impl Process {
         None
     }
 
-    /// Waits for the program to end.
+    /// Waits for the program to end, when others go on that it has started and that write where it did.
+    ///
+    /// # Errors
+    /// When the deadline passes before.
+    pub fn wait_alone(&mut self, patience: Duration) -> Result<Exit> {
+        let deadline = Instant::now() + patience;
+        loop {
+            match self.gone {
+                Some(exit) => return Ok(exit),
+                None => self.next(deadline).context("it did not end")?,
+            }
+        }
+    }
+
+    /// Waits for the program to end, and for the last that was written where it writes.
     ///
     /// # Errors
     /// When the deadline passes before.
@@ -201,7 +221,7 @@ impl Process {
     /// When the program has ended already.
     pub fn signal(&mut self, signal: Signal) -> Result<()> {
         self.drain();
-        if let Some(exit) = self.exit {
+        if let Some(exit) = self.gone {
             bail!("it has ended with {}", exit.status);
         }
         kill_process(self.pid, signal).context("sending a signal")
@@ -244,6 +264,7 @@ impl Process {
                 let _ = writeln!(self.log, "= {}", exit.status);
                 self.exit = Some(exit);
             }
+            Event::Gone(exit) => self.gone = Some(exit),
             Event::Unfinished(text) => self.unfinished = text,
             Event::Line(line) => {
                 let mark = match line.stream {
@@ -260,7 +281,7 @@ impl Process {
 impl Drop for Process {
     fn drop(&mut self) {
         self.drain();
-        if self.exit.is_none() {
+        if self.gone.is_none() {
             let _ = kill_process(self.pid, Signal::KILL);
         }
     }

@@ -35,6 +35,13 @@ impl Server {
         self.0.as_raw_pid()
     }
 
+    /// Whether it has not ended.
+    pub fn is_running(self) -> bool {
+        // Of one that has ended, and that nobody has waited for, there is a folder, but this is empty.
+        let line = fs::read(format!("/proc/{}/cmdline", self.id()));
+        line.is_ok_and(|line| !line.is_empty())
+    }
+
     /// Kills it.
     ///
     /// # Errors

@@ -9,17 +9,21 @@ use anyhow::{Context, Result, ensure};
 use guest::ledger::Chance;
 use rustix::process::Signal;
 use tests::lab::ledger::{Ledger, await_flushes, await_verified, verify_ended};
-use tests::lab::{BOOT, Case, Host, Lan, Mtty, Process, Report, SOON, run};
+use tests::lab::{BOOT, Case, Host, Lan, Mtty, Process, Report, SOON, Server, run};
 
 use crate::api::Api;
 use crate::ping::Ping;
 use crate::work::{Work, await_work};
 
+/// Where the guest answers.
+const ADDRESS: &str = "198.18.0.2";
+
 /// How long a migration may take.
 const MOVE: Duration = Duration::from_secs(120);
 
-/// A guest with disks, a network card and a demo device, all of them busy, goes to another host, and back. Nothing of its
-/// work is lost, and somebody else on the network has to do without it for hardly longer than it stands still.
+/// A guest with disks, a network card and a demo device, all of them busy, goes to another host, back, and to another
+/// process there. Nothing of its work is lost, and somebody else on the network has to do without it for hardly longer than
+/// it stands still.
 pub(crate) fn there_and_back(case: &mut Case<'_>) -> Result<()> {
     let lan = Lan::make()?;
     let [east, west] = &lan.hosts;
@@ -48,7 +52,6 @@ pub(crate) fn there_and_back(case: &mut Case<'_>) -> Result<()> {
     let mut running = Running::start(case, command, Some(east))?;
     Report::wait(&mut running.vmm, BOOT)?.passed(1, &["card-facts"])?;
     await_verified(&mut running.vmm, &ledgers)?;
-    const ADDRESS: &str = "198.18.0.2";
     for (turn, host, is_quiet) in [(1, west, false), (2, east, true)] {
         await_flushes(&mut running.vmm, &ledgers)?;
         // Behind all else that a slow machine has to do.
@@ -88,6 +91,7 @@ pub(crate) fn there_and_back(case: &mut Case<'_>) -> Result<()> {
         await_work(&mut running.vmm, [now.count + 1]).context("demo device")?;
     }
 
+    let mut running = hand_over(case, running, east)?;
     await_flushes(&mut running.vmm, &ledgers)?;
     running.vmm.signal(Signal::POWER)?;
     verify_ended(&mut running.vmm, 0, &mut ledgers)?;
@@ -98,6 +102,25 @@ pub(crate) fn there_and_back(case: &mut Case<'_>) -> Result<()> {
     }
     is_well(&running.vmm)?;
     check_file_system(&files)
+}
+
+/// The VM goes to another process of its host, which has the same servers.
+fn hand_over(case: &Case<'_>, mut running: Running, host: &Host) -> Result<Running> {
+    let servers = ["ledger", "files", "card"].map(|id| Server::of(&running.vmm, id));
+    let servers = servers.into_iter().collect::<Result<Vec<_>>>()?;
+    let [work] = await_work(&mut running.vmm, [1])?;
+    let mut ping = Ping::start(case, ADDRESS)?;
+    let next = Running::waiting(case, 3, Some(host))?;
+    let url = format!("unix:{}", case.path("hand-over").display());
+    let moving = Instant::now();
+    let (mut running, _) = running.go(case, next, &url, &[], &["--local"])?;
+    let lost = ping.lost_since(moving)?;
+    println!("  what was asked for {lost:?} is never answered");
+    ensure!(lost < Duration::from_secs(1), "it was away for {lost:?}");
+    await_work(&mut running.vmm, [work + 1]).context("demo device")?;
+    let ended = servers.iter().find(|server| !server.is_running());
+    ensure!(ended.is_none(), "a server has ended");
+    Ok(running)
 }
 
 /// A guest that works on two of the host's mediated devices, which keep no log of what they write to memory, goes to two
@@ -206,7 +229,11 @@ impl Running {
             progress["copied_bytes"],
             progress["downtime_parts_us"],
         );
-        self.api.end(&mut self.vmm)?;
+        if flags.contains(&"--local") {
+            self.api.end_without_servers(&mut self.vmm)?;
+        } else {
+            self.api.end(&mut self.vmm)?;
+        }
         is_well(&self.vmm)?;
         Ok((next, downtime))
     }
