@@ -207,3 +207,28 @@ impl Inheritance {
         })
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::fs::File;
+
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn what_is_missing_is_not_inherited() {
+        let inherit = |ram: &[u32]| {
+            let null = || File::open("/dev/null").unwrap().into();
+            let descriptors = Descriptors::from(vec![null(), null()]);
+            let estate = serde_json::from_value(json!({"ram": ram, "devices": []})).unwrap();
+            Inheritance::new(estate, descriptors).map(|inheritance| inheritance.ram.len())
+        };
+        assert!(matches!(inherit(&[1, 0]), Ok(2)));
+        for ram in [[0, 2], [u32::MAX, 0]] {
+            assert!(matches!(inherit(&ram), Err(HandoverError::Missing(_))));
+        }
+        let more = json!({"ram": [], "devices": [], "more": 1});
+        assert!(serde_json::from_value::<Estate>(more).is_err());
+    }
+}

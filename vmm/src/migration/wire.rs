@@ -14,6 +14,9 @@
 //! | memory, 1 to 16 of them | `Pages`..., `PagesEnd` | |
 //! | question | | `Committed`, `Refused` or `Unknown` |
 //!
+//! A VM that is [handed over](super::local) has no connections for memory, and sends no `DeviceData`. As many descriptors as
+//! `Machine` and `State` say follow these two, up to 253 with each byte, which says how many.
+//!
 //! Either end says `Refused`, with a reason, instead of what comes next, when it does not go on. What each of them makes of
 //! what it hears, and of hearing nothing, is in [`commit`](super::commit).
 //!
