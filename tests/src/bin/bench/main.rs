@@ -28,6 +28,7 @@ mod turns;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
+use anyhow::ensure;
 use clap::Parser;
 
 use self::measurement::Measurement;
@@ -119,6 +120,14 @@ fn main() -> anyhow::Result<ExitCode> {
         }
         Arguments::Run(arguments) => arguments,
     };
+    for only in &arguments.only {
+        let names = FAMILIES.map(|(name, _)| name);
+        ensure!(
+            names.contains(&only.as_str()),
+            "--only: there is no `{only}`, but {}",
+            names.join(", ")
+        );
+    }
     let programs = Programs::new(
         arguments.outrigger,
         arguments.cloud_hypervisor,
