@@ -145,7 +145,8 @@ pub(crate) fn measure(bench: &mut Bench) -> anyhow::Result<()> {
         if parts.is_empty() {
             parts = tell_parts(&results, mebibytes);
         }
-        bench.failed(kind.name, results.failures);
+        let what = format!("{} {}", DOWNTIME.key, kind.name);
+        bench.failed(&what, results.failures);
     }
     speeds
         .into_iter()
