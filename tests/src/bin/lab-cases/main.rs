@@ -98,7 +98,6 @@ fn main() -> ExitCode {
     suite.run("snapshot-host-devices", snapshot::of_host_devices);
     suite.run("migrate", migrate::there_and_back);
     suite.run("migrate-host-devices", migrate::host_devices);
-    suite.run("handed-over", migrate::handed_over);
     suite.run("cost-beside-qemu", cost::beside_qemu);
     // Debian's kernels have none: see `make test-iommufd`.
     if iommufd::is_there() {

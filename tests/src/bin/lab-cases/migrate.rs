@@ -158,28 +158,6 @@ pub(crate) fn host_devices(case: &mut Case<'_>) -> Result<()> {
     is_well(&running.vmm)
 }
 
-/// A guest that works on a device is handed over to other processes of its host, one after the other.
-pub(crate) fn handed_over(case: &mut Case<'_>) -> Result<()> {
-    let (_server, socket) = case.server()?;
-    let mut command = case.linux("host", "outrigger.checks=none outrigger.end=work");
-    command.args(["--cpus", "2", "--memory", "size=256M", "--user-device"]);
-    command.arg(format!("id=demo,socket={}", socket.display()));
-    let mut running = Running::start(case, command, None)?;
-    Report::wait(&mut running.vmm, BOOT)?;
-    await_work(&mut running.vmm, [100]).context("before")?;
-    for turn in 1..=4 {
-        let [work] = await_work(&mut running.vmm, [1])?;
-        let next = Running::waiting(case, turn, None)?;
-        let url = format!("unix:{}", case.path(&format!("door-{turn}")).display());
-        (running, _) = running.go(case, next, &url, &[], &["--local"])?;
-        let work = await_work(&mut running.vmm, [work]).context("it has forgotten its work")?;
-        await_work(&mut running.vmm, work.map(|count| count + 10)).context("after")?;
-    }
-    running.vmm.signal(Signal::POWER)?;
-    running.api.end_after_power_off(&mut running.vmm)?;
-    is_well(&running.vmm)
-}
-
 /// Whether the VM stays if nobody allows its devices to go along.
 fn is_refused(case: &Case<'_>, running: &Running, url: &str, devices: &[String]) -> Result<()> {
     let mut next = Running::waiting(case, 0, None)?;
