@@ -80,7 +80,7 @@ pub(super) fn hand_over(
     downtime.has_done("state");
     send(control, Kind::State, &last, &descriptors)?;
     downtime.has_done("copy");
-    wire::expect(control, Kind::Prepared)?;
+    source::await_prepared(control)?;
     downtime.has_done("destination");
     let ended = source::commit(control, route, id, task);
     source::conclude(ended, frozen, paused, downtime, task)

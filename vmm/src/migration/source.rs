@@ -48,6 +48,9 @@ pub(crate) enum SendError {
     /// It cannot be handed over.
     #[error(transparent)]
     Handover(#[from] HandoverError),
+    /// The way breaks off when the destination has everything.
+    #[error("the connection to the destination fails before it is ready")]
+    Unprepared(#[source] WireError),
     /// The guest's writes cannot be followed.
     #[error(transparent)]
     Log(#[from] DirtyLogError),
@@ -154,6 +157,10 @@ pub(crate) fn send(
         control.ignore_cancel();
         control.set_patience(Some(FAREWELL));
         let _ = wire::refuse(&mut control, error);
+        if let SendError::Unprepared(_) = error {
+            // It may be in doubt, and is not any more if it is asked. If it cannot be, its user has to say so there.
+            let _ = ask(&route, id, task);
+        }
     }
     sent
 }
@@ -217,10 +224,19 @@ fn transfer(
     downtime.has_done("dirty_log");
     send_rest(&frozen, &pages, &lanes, control, paused.ran, task)?;
     downtime.has_done("copy");
-    wire::expect(control, Kind::Prepared)?;
+    await_prepared(control)?;
     downtime.has_done("destination");
     let ended = commit(control, route, id, task);
     conclude(ended, frozen, paused, downtime, task)
+}
+
+/// Waits until the destination could run the VM.
+pub(super) fn await_prepared(control: &mut Stream) -> Result<(), SendError> {
+    match wire::expect(control, Kind::Prepared) {
+        Ok(_) => Ok(()),
+        Err(WireError::Refused(reason)) => Err(SendError::Refused(reason)),
+        Err(error) => Err(SendError::Unprepared(error)),
+    }
 }
 
 /// What has become of a VM that stands still here, as its destination says.
