@@ -173,30 +173,38 @@ impl<'a> Arrival<'a> {
         self.control.set_patience(None);
         let broken = Arc::new(AtomicBool::new(false));
         thread::scope(|scope| {
-            let receive = |lane| {
+            let receive = |mut lane: Stream| {
+                lane.until_broken(&broken);
                 let (task, broken) = (self.task, &broken);
                 scope.spawn(move || {
-                    take_ram(lane, &machine.memory, task)
-                        .inspect_err(|_| broken.store(true, Ordering::Release))
+                    let taken = take_ram(lane, &machine.memory, task);
+                    taken.map_err(|error| (is_first(broken), error))
                 })
             };
             let lanes: Vec<_> = lanes.into_iter().map(receive).collect();
             self.control.until_broken(&broken);
             let devices = take_devices(&mut self.control, machine);
-            // An error of one ends the others.
-            if devices.is_err() {
-                broken.store(true, Ordering::Release);
+            let devices = devices.map_err(|error| (is_first(&broken), error));
+            let mut ram = Ok(());
+            for lane in lanes {
+                let failed = |_| {
+                    let error = io::Error::other("a thread that receives memory has failed");
+                    Err((is_first(&broken), error.into()))
+                };
+                match lane.join().unwrap_or_else(failed) {
+                    Err((is_cause, error)) if is_cause || ram.is_ok() => ram = Err(error),
+                    _ => {}
+                }
             }
-            let ram = lanes.into_iter().try_fold((), |(), lane| {
-                let failed =
-                    |_| Err(io::Error::other("a thread that receives memory has failed").into());
-                lane.join().unwrap_or_else(failed)
-            });
-            // What has come first says more than what has followed from it.
+            // The first says more than what has followed from it.
             match (devices, ram) {
-                (Err(error @ ReceiveError::GivenUp(_)), _) => Err(error),
+                (Err((is_cause, error)), ram)
+                    if is_cause || ram.is_ok() || matches!(error, ReceiveError::GivenUp(_)) =>
+                {
+                    Err(error)
+                }
                 (_, Err(error)) => Err(error.into()),
-                (devices, Ok(())) => devices,
+                (devices, Ok(())) => devices.map_err(|(_, error)| error),
             }
         })
     }
@@ -231,9 +239,9 @@ impl<'a> Arrival<'a> {
     /// here is to be ended. As long as nobody knows, this waits.
     pub(crate) fn commit(&mut self) -> bool {
         self.on(DestinationInput::Complete);
-        let heard = wire::send(&mut self.control, Kind::Prepared, &[])
-            .map_err(WireError::from)
-            .and_then(|()| wire::expect(&mut self.control, Kind::Commit));
+        // A source that has gone before it could hear this may have said why.
+        let _ = wire::send(&mut self.control, Kind::Prepared, &[]);
+        let heard = wire::expect(&mut self.control, Kind::Commit);
         let error = match heard {
             Ok(_) => {
                 self.on(DestinationInput::Commit);
@@ -326,6 +334,11 @@ struct Head {
 #[derive(Debug, serde::Deserialize)]
 struct HeadOfMachine {
     version: u32,
+}
+
+/// Has an error of one connection end the others. Returns whether there has been none before.
+fn is_first(broken: &AtomicBool) -> bool {
+    !broken.swap(true, Ordering::AcqRel)
 }
 
 fn take_ram(mut lane: Stream, memory: &Memory, task: &Task) -> Result<(), WireError> {

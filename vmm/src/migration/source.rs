@@ -365,7 +365,8 @@ pub(super) fn commit(control: &mut Stream, route: &Route, id: MigrationId, task:
 
 /// Says that the destination is to run the VM, and hears whether it does.
 fn order(control: &mut Stream) -> Result<SourceInput, WireError> {
-    wire::send(control, Kind::Commit, &[])?;
+    // A destination that has gone before it could hear this may have said why.
+    let _ = wire::send(control, Kind::Commit, &[]);
     let input = hear(control)?;
     if input == SourceInput::Committed {
         // It need not wait for questions any more. If it does not hear that, no harm is done.

@@ -302,16 +302,17 @@ impl Stream {
                 // (As `Interrupted` it would be tried again.)
                 return Err(io::Error::other("the operation was cancelled"));
             }
+            match step(&mut self.socket) {
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                result => return result,
+            }
+            // What has come is heard: it may say why.
             if self
                 .broken
                 .as_ref()
                 .is_some_and(|broken| broken.load(Ordering::Acquire))
             {
                 return Err(io::Error::other("another connection is lost"));
-            }
-            match step(&mut self.socket) {
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
-                result => return result,
             }
             let since = *since.get_or_insert_with(Instant::now);
             if self
