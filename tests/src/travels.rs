@@ -140,6 +140,11 @@ impl Host {
         })
     }
 
+    /// The socket of the server.
+    pub fn server_socket(&self) -> PathBuf {
+        self.folder.path().join("demo")
+    }
+
     /// A Unix socket of this host for VMs to come by.
     pub fn door(&self) -> PathBuf {
         self.folder.path().join("door")
@@ -150,7 +155,7 @@ impl Host {
     /// # Errors
     /// When it cannot.
     pub fn receive(&self, url: &str) -> Result<JoinHandle<Result<Answer>>> {
-        let socket = self.folder.path().join("demo");
+        let socket = self.server_socket();
         let body = json!({"receiver_url": url, "devices": [{"id": "demo", "socket": socket}]});
         let receiving = self.vmm.begin("vm.receive-migration", &body);
         self.vmm.wait_phase("Listening")?;

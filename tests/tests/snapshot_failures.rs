@@ -7,7 +7,7 @@ use std::process::Command;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use iced_x86::code_asm::{dword_ptr, eax, ebp, ebx, ecx};
+use iced_x86::code_asm::{dword_ptr, eax, ebp, ecx};
 use rustix::process::Signal;
 use serde_json::{Value, json};
 use tempfile::{NamedTempFile, TempDir};
@@ -15,15 +15,14 @@ use tests::api::{DONE, Vmm, request};
 use tests::lab::{Process, SOON};
 use tests::outrigger::{has_kvm, serve_demo};
 use tests::skipped::skip;
+use tests::tiny::demo::{expect_heard_once, ringer};
 use tests::tiny::{self, FIRST_DEVICE, SCRATCH};
 
 /// How long it may take to find out that a device's server hangs.
 const BOUND: Duration = Duration::from_secs(10);
 
-/// The demo device: eight bytes to keep things in, its first doorbell, and how often that has rung.
+/// The demo device: eight bytes to keep things in.
 const REGISTER: i32 = 0x08;
-const BELL: i32 = 0x800;
-const RUNG: i32 = 0x80;
 
 /// A VM with the demo device, and the folder that all of its files are in.
 struct Machine {
@@ -206,30 +205,7 @@ fn snapshot_of_a_vm_whose_device_hangs_fails_soon_and_loses_no_doorbell() {
     if !has_kvm() {
         return;
     }
-    // When the device does not answer, the guest rings its doorbell once. Later it says how often that was heard.
-    let kernel = tiny::guest(|code| {
-        let [mut works, mut heard] = std::array::from_fn(|_| code.create_label());
-        code.store(FIRST_DEVICE + 4, 2)?;
-        code.mov(ebp, dword_ptr(FIRST_DEVICE + 0x10))?;
-        code.print_line("ready")?;
-        code.set_label(&mut works)?;
-        code.cmp(dword_ptr(ebp), -1)?;
-        code.jne(works)?;
-        code.mov(dword_ptr(ebp + BELL), 1)?;
-        code.print_line("rang")?;
-        code.set_label(&mut heard)?;
-        code.mov(eax, dword_ptr(ebp + RUNG))?;
-        code.cmp(eax, -1)?;
-        code.je(heard)?;
-        code.mov(ebx, eax)?;
-        code.print(b'#')?;
-        code.mov(eax, ebx)?;
-        code.add(eax, i32::from(b'0'))?;
-        code.print_al()?;
-        code.print(b'\n')?;
-        code.jmp(heard)
-    })
-    .unwrap();
+    let kernel = ringer().unwrap();
     let mut machine = Machine::start(kernel, "size=64M");
     machine.vmm.process.wait_for("ready", SOON).unwrap();
     machine.server.signal(Signal::STOP).unwrap();
@@ -259,17 +235,7 @@ fn snapshot_of_a_vm_whose_device_hangs_fails_soon_and_loses_no_doorbell() {
 /// Has a paused guest go on, whose doorbell the device hears exactly once.
 fn heard_once(vmm: &mut Vmm) {
     assert_eq!(vmm.put("vm.resume", "").unwrap(), DONE);
-    let mut line = vmm.process.wait_for("#", SOON).unwrap();
-    // It is heard soon, if not at once.
-    let deadline = Instant::now() + SOON;
-    while line.text == "#0" {
-        assert!(Instant::now() < deadline);
-        line = vmm.process.wait_for("#", SOON).unwrap();
-    }
-    for _ in 0..5 {
-        assert_eq!(line.text, "#1");
-        line = vmm.process.wait_for("#", SOON).unwrap();
-    }
+    expect_heard_once(&mut vmm.process);
 }
 
 #[test]

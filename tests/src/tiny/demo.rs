@@ -1,11 +1,16 @@
 //! Guests that work with the demo device.
 
+use std::time::Instant;
+
 use iced_x86::IcedError;
-use iced_x86::code_asm::{CodeLabel, al, byte_ptr, dword_ptr, ebp, ebx, ecx, edi, edx, esi, esp};
+use iced_x86::code_asm::{
+    CodeLabel, al, byte_ptr, dword_ptr, eax, ebp, ebx, ecx, edi, edx, esi, esp,
+};
 use tempfile::NamedTempFile;
 
 use super::disk::{Job, endless_disk_guest_beside};
-use super::{Code, FIRST_DEVICE, LOCAL_APIC, SCRATCH};
+use super::{Code, FIRST_DEVICE, LOCAL_APIC, SCRATCH, guest};
+use crate::lab::{Process, SOON};
 
 /// What a guest prints when something is wrong.
 pub const WRONG: u8 = b'?';
@@ -103,7 +108,7 @@ const PAGE: u32 = 0x1000;
 /// 64 MiB of memory.
 ///
 /// # Errors
-/// As of [`guest()`](super::guest).
+/// As of [`guest()`].
 pub fn worker(jobs: &[Job]) -> anyhow::Result<NamedTempFile> {
     /// The letter that is to come.
     const LETTER: u32 = SCRATCH + 0x108;
@@ -137,4 +142,60 @@ pub fn worker(jobs: &[Job]) -> anyhow::Result<NamedTempFile> {
             code.set_label(&mut quiet)
         })
     })
+}
+
+/// A guest with the demo device that says `ready`. When the device does not answer, it rings its doorbell once and says
+/// `rang`. Later it says how often that was heard: `#` and the number.
+///
+/// # Errors
+/// As of [`guest()`].
+pub fn ringer() -> anyhow::Result<NamedTempFile> {
+    /// The first doorbell, and how often it has rung.
+    const BELL: i32 = 0x800;
+    const RUNG: i32 = 0x80;
+    guest(|code| {
+        let [mut works, mut heard] = std::array::from_fn(|_| code.create_label());
+        code.store(FIRST_DEVICE + 4, 2)?;
+        code.mov(ebp, dword_ptr(FIRST_DEVICE + 0x10))?;
+        code.print_line("ready")?;
+        code.set_label(&mut works)?;
+        code.cmp(dword_ptr(ebp), -1)?;
+        code.jne(works)?;
+        code.mov(dword_ptr(ebp + BELL), 1)?;
+        code.print_line("rang")?;
+        code.set_label(&mut heard)?;
+        code.mov(eax, dword_ptr(ebp + RUNG))?;
+        code.cmp(eax, -1)?;
+        code.je(heard)?;
+        code.mov(ebx, eax)?;
+        code.print(b'#')?;
+        code.mov(eax, ebx)?;
+        code.add(eax, i32::from(b'0'))?;
+        code.print_al()?;
+        code.print(b'\n')?;
+        code.jmp(heard)
+    })
+}
+
+/// Expects that the doorbell of the [`ringer`] has been heard exactly once, if not at once.
+///
+/// # Panics
+/// When it has not.
+pub fn expect_heard_once(guest: &mut Process) {
+    let mut next = || {
+        guest
+            .wait_for("#", SOON)
+            .map(|line| line.text)
+            .unwrap_or_default()
+    };
+    let mut said = next();
+    let deadline = Instant::now() + SOON;
+    while said == "#0" {
+        assert!(Instant::now() < deadline, "it is not heard");
+        said = next();
+    }
+    for _ in 0..5 {
+        assert_eq!(said, "#1");
+        said = next();
+    }
 }
