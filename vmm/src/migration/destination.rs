@@ -1,6 +1,6 @@
 //! The end that takes in the VM, which runs it once the source has said that it does not.
 
-use std::io;
+use std::io::{self, BufReader};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
@@ -28,6 +28,8 @@ const TICK: Duration = Duration::from_millis(100);
 const CONNECTIONS: Duration = Duration::from_secs(30);
 /// The most of them.
 const MAX_CONNECTIONS: u8 = 16;
+/// How much is read to have the head of a frame, in bytes.
+const HEADS: usize = 4096;
 /// How long a source that has been told that the VM runs here may take to say that it has heard.
 const FAREWELL: Duration = Duration::from_secs(2);
 
@@ -341,7 +343,9 @@ fn is_first(broken: &AtomicBool) -> bool {
     !broken.swap(true, Ordering::AcqRel)
 }
 
-fn take_ram(mut lane: Stream, memory: &Memory, task: &Task) -> Result<(), WireError> {
+fn take_ram(lane: Stream, memory: &Memory, task: &Task) -> Result<(), WireError> {
+    // The heads of frames come with the beginning of what follows. The rest of that takes no detour.
+    let mut lane = BufReader::with_capacity(HEADS, lane);
     let mut buffer = Buffer::new();
     loop {
         match wire::receive_head(&mut lane)? {
