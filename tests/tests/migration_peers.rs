@@ -368,7 +368,14 @@ fn destination_waits_on_whatever_strangers_say() {
         vmm: Vmm::start(&[]).unwrap(),
         door: door.clone(),
     };
+    let old = hello(CONTROL);
+    destination.expect_failure("lost", |door| drop(Destination::call(door, &old)));
     let receiving = destination.receive();
+    // A migration that has ended, said again, keeps nobody out.
+    let mut replayed = Destination::call(&door, &old);
+    let (kind, reason) = read_frame(&mut replayed).unwrap();
+    assert_eq!(kind, Kind::Refused as u32);
+    assert_eq!(reason, b"this migration has ended");
     for garbage in [
         &b"GET / HTTP/1.1\r\nHost: localhost\r\nAccept: */*\r\n\r\n"[..],
         &[0xff; 4096],

@@ -1,6 +1,7 @@
 //! What the fuzz targets in `fuzz/` do with their input. The tests here do the same with the corpus, on a stable compiler.
 
 use std::fmt::Debug;
+use std::sync::LazyLock;
 
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -8,6 +9,8 @@ use serde::de::DeserializeOwned;
 use crate::chips::ChipsState;
 use crate::clock::ClockState;
 use crate::cpu_profile::CpuProfile;
+use crate::memory::Memory;
+use crate::migration;
 use crate::vcpu::{HostTscs, VcpuState};
 
 /// Takes `bytes` for everything that is saved of a VM's CPUs and chips. Returns whether it could be any of it.
@@ -35,6 +38,17 @@ pub fn saved_state(bytes: &[u8]) -> bool {
         || comes_back::<ClockState>(bytes).is_some()
 }
 
+/// Takes `bytes` for what a peer says on a connection of a migration. Returns whether it is that.
+///
+/// # Panics
+/// When something is wrong.
+pub fn migration_stream(bytes: &[u8]) -> bool {
+    /// RAM that pages go to, in bytes.
+    const RAM: u64 = 8 << 20;
+    static MEMORY: LazyLock<Memory> = LazyLock::new(|| Memory::without_kvm(RAM));
+    migration::overhear(bytes, &MEMORY)
+}
+
 /// Parses something, which must be the same if it is written and parsed again.
 #[expect(clippy::expect_used, reason = "a fuzz target panics when it fails")]
 fn comes_back<T: Serialize + DeserializeOwned + PartialEq + Debug>(bytes: &[u8]) -> Option<T> {
@@ -57,8 +71,9 @@ mod tests {
 
     use super::*;
 
-    fn corpus() -> Vec<Vec<u8>> {
-        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("fuzz/corpus/saved_state");
+    fn corpus(target: &str) -> Vec<Vec<u8>> {
+        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("fuzz/corpus");
+        let folder = folder.join(target);
         let files = fs::read_dir(folder).unwrap();
         files
             .map(|file| fs::read(file.unwrap().path()).unwrap())
@@ -67,10 +82,15 @@ mod tests {
 
     #[test]
     fn the_corpus_is_understood() {
-        let corpus = corpus();
-        assert!(corpus.len() >= 4);
-        for input in corpus {
-            assert!(saved_state(&input), "{}", input.escape_ascii());
+        for (target, understands) in [
+            ("saved_state", saved_state as fn(&[u8]) -> bool),
+            ("migration_stream", migration_stream),
+        ] {
+            let corpus = corpus(target);
+            assert!(corpus.len() >= 4);
+            for input in corpus {
+                assert!(understands(&input), "{}", input.escape_ascii());
+            }
         }
     }
 
@@ -84,7 +104,7 @@ mod tests {
             changes in prop::collection::vec((any::<Index>(), "[0-9a-f\"{}\\[\\],:.eE+-]"), 0..4),
             end in prop::option::weighted(0.1, any::<Index>()),
         ) {
-            let corpus = corpus();
+            let corpus = corpus("saved_state");
             let mut input = input.get(&corpus).clone();
             for (at, change) in changes {
                 let at = at.index(input.len());
@@ -94,6 +114,26 @@ mod tests {
                 input.truncate(end.index(input.len()));
             }
             saved_state(&input);
+        }
+
+        /// Some bytes changed to others, or an end cut off.
+        #[test]
+        fn peers_are_understood_or_refused(
+            input in any::<Index>(),
+            changes in prop::collection::vec((any::<Index>(), any::<u8>()), 0..4),
+            end in prop::option::weighted(0.1, any::<Index>()),
+        ) {
+            let corpus = corpus("migration_stream");
+            let mut input = input.get(&corpus).clone();
+            for (at, change) in changes {
+                // Most of a page's bytes mean nothing.
+                let at = at.index(input.len().min(80));
+                input[at] = change;
+            }
+            if let Some(end) = end {
+                input.truncate(end.index(input.len()));
+            }
+            migration_stream(&input);
         }
     }
 }

@@ -131,7 +131,8 @@ impl Memory {
     }
 
     /// RAM that no VM has.
-    #[cfg(test)]
+    #[cfg(any(test, fuzzing))]
+    #[allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
     pub(crate) fn without_kvm(size: u64) -> Self {
         let config = MemoryConfig {
             size,

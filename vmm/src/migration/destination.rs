@@ -110,11 +110,7 @@ impl<'a> Arrival<'a> {
             let Some(mut call) = call.filter(|call| call.role == Role::Control) else {
                 continue;
             };
-            if !record.begin(call.id, task.cancel()) {
-                // An old friend, or somebody who has listened to one.
-                let _ = wire::refuse(&mut call.stream, &"this migration has ended");
-                continue;
-            }
+            record.begin(call.id, task.cancel());
             task.update(|progress| progress.id = Some(call.id.to_string()));
             call.stream.until(task.cancel());
             return Ok(Self {

@@ -22,6 +22,8 @@ mod tls;
 mod wire;
 
 pub(crate) use self::destination::{Arrival, ReceiveError};
+#[cfg(any(test, fuzzing))]
+pub(crate) use self::ram::overhear;
 pub(crate) use self::reception::Reception;
 pub(crate) use self::record::Record;
 pub(crate) use self::source::Departed;

@@ -225,6 +225,28 @@ pub(super) fn receive_block(
     Ok(())
 }
 
+/// Takes `bytes` for all that a peer says on a connection, and returns whether they are that. Pages go to `memory`.
+#[cfg(any(test, fuzzing))]
+pub(crate) fn overhear(mut bytes: &[u8], memory: &Memory) -> bool {
+    let mut buffer = Buffer::new();
+    let mut hear = || -> Result<(), WireError> {
+        wire::hear_hello(&mut bytes)?;
+        while !bytes.is_empty() {
+            match wire::receive_head(&mut bytes)? {
+                (Kind::Pages, length) => receive_block(&mut bytes, length, memory, &mut buffer)?,
+                (_, length) => drop(wire::receive_rest(&mut bytes, length)?),
+            }
+        }
+        Ok(())
+    };
+    let heard = hear();
+    if let Err(error) = &heard {
+        // What is said of it is made of what the peer says.
+        assert!(!error.to_string().is_empty());
+    }
+    heard.is_ok()
+}
+
 /// The runs of bits that are set, from the lowest on.
 fn runs(word: u64) -> impl Iterator<Item = Range<u32>> {
     let mut rest = word;

@@ -168,6 +168,10 @@ impl Desk {
         };
         match role {
             Role::Question => self.tell(&mut stream, id)?,
+            // An old friend, or somebody who has listened to one.
+            Role::Control if self.record.state(id).is_some() => {
+                wire::refuse(&mut stream, &"this migration has ended")?;
+            }
             Role::Control if !self.claim(id) => {
                 wire::refuse(&mut stream, &"another VM is on its way here")?;
             }
