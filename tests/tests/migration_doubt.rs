@@ -1,6 +1,8 @@
 //! Migrations of which one end does not know how they ended: nothing runs by chance, and an operator has the last word.
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
+use std::io::{Read, Write};
+use std::os::unix::net::UnixStream;
 use std::process::Output;
 use std::thread::JoinHandle;
 
@@ -139,6 +141,30 @@ fn lost_commit_is_taken_back_when_both_ends_can_talk() {
     assert_eq!(ends.here.send(&url, 1).join().unwrap().unwrap(), DONE);
     assert_eq!(receiving.join().unwrap().unwrap(), DONE);
     ends.has_moved();
+}
+
+#[test]
+fn destination_that_refuses_after_all_goes_on_to_say_so() {
+    if !has_kvm() {
+        return;
+    }
+    let ends = Ends::at(Moment::before(Kind::Commit));
+    let cancelled = ends.next.vmm.remote(&["cancel"]).unwrap();
+    assert!(cancelled.status.success(), "{cancelled:?}");
+    let progress = ends.next.vmm.wait_phase("Cancelled").unwrap();
+    // The source may never hear what is on its way to it, and ask.
+    let id = u128::from_str_radix(progress["id"].as_str().unwrap(), 16).unwrap();
+    let mut asking = UnixStream::connect(ends.next.door()).unwrap();
+    asking.write_all(b"outriggr").unwrap();
+    for number in [1_u32, 1, 2] {
+        asking.write_all(&number.to_le_bytes()).unwrap();
+    }
+    asking.write_all(&id.to_be_bytes()).unwrap();
+    let mut kind = [0; 4];
+    asking.read_exact(&mut kind).unwrap();
+    assert_eq!(u32::from_le_bytes(kind), Kind::Refused as u32);
+    ends.crossing.release();
+    ends.has_stayed();
 }
 
 #[test]

@@ -296,7 +296,7 @@ impl<'a> Arrival<'a> {
             .is_ok()
     }
 
-    /// The VM does not come. Returns whether the source knows, or has nothing to ask.
+    /// The VM does not come. Returns whether the source has nothing to ask: it has never heard that it could.
     pub(crate) fn refuse(&mut self, error: &ReceiveError) -> bool {
         let was = self.state();
         self.on(DestinationInput::Failed);
@@ -310,8 +310,9 @@ impl<'a> Arrival<'a> {
             reason.push_str(&cause.to_string());
             source = cause.source();
         }
-        let told = wire::refuse(&mut self.control, &reason).is_ok();
-        was == Destination::Receiving || told
+        // Whether this is heard is not known.
+        let _ = wire::refuse(&mut self.control, &reason);
+        was == Destination::Receiving
     }
 
     fn on(&self, input: DestinationInput) {
