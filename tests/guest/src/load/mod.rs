@@ -53,11 +53,24 @@ fn watch_clocks(is_over: &AtomicBool) -> Result<()> {
         }
         last = now;
         if look % LOOKS_PER_SECOND == 0 {
-            println!("CLOCK {now} {}", milliseconds(ClockId::Realtime));
+            let (monotonic, real) = both_clocks();
+            println!("CLOCK {monotonic} {real}");
         }
         thread::sleep(Duration::from_millis(1000 / LOOKS_PER_SECOND));
     }
     Ok(())
+}
+
+/// What both clocks show at the same time, the monotonic one first: it shows the same before and after the other is read,
+/// whatever else the CPU does in between.
+fn both_clocks() -> (i64, i64) {
+    loop {
+        let monotonic = milliseconds(ClockId::Monotonic);
+        let real = milliseconds(ClockId::Realtime);
+        if milliseconds(ClockId::Monotonic) == monotonic {
+            return (monotonic, real);
+        }
+    }
 }
 
 fn milliseconds(clock: ClockId) -> i64 {
