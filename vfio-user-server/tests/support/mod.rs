@@ -3,6 +3,7 @@
 #![allow(dead_code, reason = "not every test needs everything")]
 
 pub(crate) mod raw;
+pub(crate) mod served;
 
 use std::borrow::Borrow;
 use std::collections::BTreeMap;
