@@ -171,6 +171,42 @@ fn a_wired_interrupt_comes_again_while_there_is_something_to_say() {
     }
 }
 
+/// Such a device forgets what it has to say while it is masked, so the guest looks once more after it has served an interrupt
+/// of it, also where it only ends serving one.
+#[test]
+fn a_device_without_an_event_to_unmask_it_is_looked_at_again() {
+    let device = || {
+        let mut device = Device::new();
+        device.unmasks_on_event = false;
+        device
+    };
+    let there = Rig::of(device());
+    there.endpoint.config_write(0x04, &[7, 0]);
+    there.device.signal(Irq::Intx, 0);
+    there.machine.await_asserted();
+    // The guest is serving it.
+    there.endpoint.disconnect_interrupts().unwrap();
+    let state = moved(&there.endpoint.save().unwrap());
+    let here = Rig::of(device());
+    here.endpoint.restore(&state).unwrap();
+    for rig in [&here, &there] {
+        rig.endpoint.resume().unwrap();
+        // What is signalled now is seen no more than the end of what the guest is serving.
+        assert!(rig.machine.is_asserted());
+        rig.machine.serve();
+        rig.machine.await_asserted();
+        rig.device.take_unmasked();
+        rig.machine.serve();
+        // What it signalled before that would be seen with what the guest has served.
+        rig.device.await_unmasked();
+        rig.device.signal(Irq::Intx, 0);
+        for _ in 0..2 {
+            rig.machine.await_asserted();
+            rig.machine.serve();
+        }
+    }
+}
+
 #[test]
 fn doorbells_that_nobody_heard_ring_where_the_device_goes_on() {
     let there = Rig::new();

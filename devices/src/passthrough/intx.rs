@@ -147,8 +147,10 @@ impl Unmasker {
 
 impl Events {
     fn run(&self, line: &dyn InterruptLine, backend: &dyn Backend) {
-        // Whether the device has signalled the interrupt that the guest is serving.
-        let mut is_devices = false;
+        // Whether the device has signalled the interrupt that the guest is serving. What was signalled when the line was
+        // connected again counts, too: if the guest was serving one just then, as on the host that it comes from, it goes
+        // with that, unseen.
+        let mut is_devices = true;
         while !self.stopped.load(Ordering::Acquire) {
             let mut fds = [
                 PollFd::from_borrowed_fd(line.resample(), PollFlags::IN),

@@ -5,7 +5,8 @@
 
 use std::collections::BTreeMap;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::sync::{Arc, Mutex, OnceLock};
+use std::sync::{Arc, Condvar, Mutex, OnceLock};
+use std::time::Duration;
 
 use devices::{
     Backend, BackendError, Doorbell, EventVectors, Handover, InterruptLine, InterruptSource, Irq,
@@ -26,6 +27,9 @@ pub(crate) const TABLE: u64 = 0x800;
 pub(crate) const VECTORS: u16 = 70;
 /// Where the doorbells are.
 pub(crate) const DOORBELLS: [u64; 2] = [0x100, 0x104];
+
+/// Long enough never to pass in a test that succeeds.
+const DEADLINE: Duration = Duration::from_secs(20);
 
 /// An endpoint, its device and its machine.
 #[derive(Debug)]
@@ -95,9 +99,13 @@ pub(crate) struct Device {
     pub(crate) doorbells: Vec<Arc<OwnedFd>>,
     /// Whether it refuses to have MSI-X set up.
     pub(crate) refuses: bool,
+    /// Whether INTx can be unmasked by an event.
+    pub(crate) unmasks_on_event: bool,
     armed: Mutex<[Vec<Option<OwnedFd>>; 3]>,
     writes: Mutex<Vec<(u64, Vec<u8>)>>,
     unmasked: Mutex<usize>,
+    /// Tells of each time.
+    has_unmasked: Condvar,
 }
 
 impl Device {
@@ -128,9 +136,11 @@ impl Device {
             message_control: MessageControl::Forwarded,
             doorbells: DOORBELLS.iter().map(|_| Arc::new(event())).collect(),
             refuses: false,
+            unmasks_on_event: true,
             armed: Mutex::new([vectors(1), vectors(4), vectors(VECTORS)]),
             writes: Mutex::default(),
             unmasked: Mutex::default(),
+            has_unmasked: Condvar::new(),
         }
     }
 
@@ -157,6 +167,15 @@ impl Device {
     /// How often INTx has been unmasked since the last time.
     pub(crate) fn take_unmasked(&self) -> usize {
         std::mem::take(&mut self.unmasked.lock().unwrap())
+    }
+
+    /// Waits until it has been, since then.
+    pub(crate) fn await_unmasked(&self) {
+        let unmasked = self.unmasked.lock().unwrap();
+        let wait = self
+            .has_unmasked
+            .wait_timeout_while(unmasked, DEADLINE, |times| *times == 0);
+        assert!(!wait.unwrap().1.timed_out());
     }
 
     /// Hears the doorbells, as a device that runs does: how often each has rung.
@@ -223,11 +242,16 @@ impl Backend for Device {
 
     fn unmask(&self, _: Irq) -> Result<(), BackendError> {
         *self.unmasked.lock().unwrap() += 1;
+        self.has_unmasked.notify_all();
         Ok(())
     }
 
     fn unmask_on(&self, _: Irq, _: BorrowedFd<'_>) -> Result<(), BackendError> {
-        Ok(())
+        if self.unmasks_on_event {
+            Ok(())
+        } else {
+            Err(BackendError::NotPci)
+        }
     }
 
     fn doorbells(&self, region: Region) -> Result<Vec<Doorbell>, BackendError> {
@@ -317,6 +341,26 @@ impl Machine {
         let board = self.0.lock().unwrap();
         let line = board.line.as_ref();
         line.is_some_and(|line| *line.connected.lock().unwrap() && drain(&line.trigger) > 0)
+    }
+
+    /// Waits until it is.
+    pub(crate) fn await_asserted(&self) {
+        let line = self.line();
+        let mut fds = [PollFd::new(&line.trigger, PollFlags::IN)];
+        let deadline = Timespec::try_from(DEADLINE).unwrap();
+        assert_eq!(poll(&mut fds, Some(&deadline)).unwrap(), 1);
+        assert!(self.is_asserted());
+    }
+
+    /// Has the guest come to the end of serving an interrupt of the line, which is not asserted any more then.
+    pub(crate) fn serve(&self) {
+        let line = self.line();
+        drain(&line.trigger);
+        signal(&line.resample);
+    }
+
+    fn line(&self) -> Arc<Pin> {
+        self.0.lock().unwrap().line.clone().unwrap()
     }
 }
 
