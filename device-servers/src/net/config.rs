@@ -21,7 +21,8 @@ pub(super) struct Config {
     pub(super) queue_size: u16,
     /// The longest packet without its Ethernet header, in bytes, if it is known.
     pub(super) mtu: Option<u16>,
-    /// Whether the tap splits UDP packets and takes those that are to be split.
+    /// Whether the tap splits UDP packets, and gives the driver such as are to be split. The driver is offered both all the
+    /// same.
     pub(super) has_uso: bool,
 }
 
@@ -61,9 +62,12 @@ impl Config {
             VIRTIO_NET_F_GUEST_TSO4,
             VIRTIO_NET_F_GUEST_TSO6,
             VIRTIO_NET_F_GUEST_ECN,
+            VIRTIO_NET_F_GUEST_USO4,
+            VIRTIO_NET_F_GUEST_USO6,
             VIRTIO_NET_F_HOST_TSO4,
             VIRTIO_NET_F_HOST_TSO6,
             VIRTIO_NET_F_HOST_ECN,
+            VIRTIO_NET_F_HOST_USO,
             VIRTIO_NET_F_MRG_RXBUF,
             VIRTIO_NET_F_STATUS,
             VIRTIO_NET_F_CTRL_VQ,
@@ -75,13 +79,6 @@ impl Config {
         }
         if self.pairs > 1 {
             features.push(VIRTIO_NET_F_MQ);
-        }
-        if self.has_uso {
-            features.extend([
-                VIRTIO_NET_F_GUEST_USO4,
-                VIRTIO_NET_F_GUEST_USO6,
-                VIRTIO_NET_F_HOST_USO,
-            ]);
         }
         features.into_iter().map(|feature| 1 << feature).sum()
     }
@@ -110,9 +107,9 @@ impl Config {
     }
 }
 
-/// What a tap is to be told (`TUN_F_*` of `linux/if_tun.h`) if the driver takes these features: those that depend on
-/// others count only with them (virtio 1.2, 5.1.3.1).
-pub(super) fn tap_offload(features: u64) -> u32 {
+/// What a tap, which may know of packets of UDP to be split, is to be told (`TUN_F_*` of `linux/if_tun.h`) if the driver
+/// takes these features: those that depend on others count only with them (virtio 1.2, 5.1.3.1).
+pub(super) fn tap_offload(features: u64, has_uso: bool) -> u32 {
     let has = |feature: u64, flag: u32| {
         if features & feature == feature {
             flag
@@ -129,7 +126,8 @@ pub(super) fn tap_offload(features: u64) -> u32 {
     } else {
         has(GUEST_ECN, libc::TUN_F_TSO_ECN)
     };
-    libc::TUN_F_CSUM | tso | ecn | has(GUEST_USO, USO)
+    let uso = if has_uso { has(GUEST_USO, USO) } else { 0 };
+    libc::TUN_F_CSUM | tso | ecn | uso
 }
 
 /// Those for UDP, which the kernel takes together.
@@ -154,7 +152,12 @@ mod tests {
             ),
             (GUEST_CSUM | 1 << VIRTIO_NET_F_GUEST_USO4, TUN_F_CSUM),
         ] {
-            assert_eq!(tap_offload(features), offload, "{features:#x}");
+            assert_eq!(tap_offload(features, true), offload, "{features:#x}");
+            assert_eq!(
+                tap_offload(features, false),
+                offload & !USO,
+                "{features:#x}"
+            );
         }
     }
 }

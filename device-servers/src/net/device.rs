@@ -36,7 +36,7 @@ pub(super) struct Shared {
     pub(super) taps: Vec<Tap>,
     /// What is signalled to each pair when it may be used otherwise than before.
     pub(super) changed: Vec<OwnedFd>,
-    config: Config,
+    pub(super) config: Config,
     state: Mutex<State>,
 }
 
@@ -297,7 +297,7 @@ impl Shared {
         let Some(tap) = self.taps.first() else {
             return Ok(());
         };
-        let result = tap.set_offload(tap_offload(offloads));
+        let result = tap.set_offload(tap_offload(offloads, self.config.has_uso));
         result.inspect_err(|error| log::warn!("the tap does not take offloads: {error}"))
     }
 

@@ -2,10 +2,11 @@
 //!
 //! # What it offers
 //!
-//! Checksums and segmentation of TCP, and of UDP where the kernel has that, are left to whoever is last to see a packet, in
-//! both directions: headers pass between the driver and the tap as they are (`IFF_VNET_HDR`). There are merged receive
-//! buffers, indirect descriptors, event index, and several pairs of queues. The driver can set the MAC address, how many
-//! pairs it uses, and its offloads. It gets everything that comes from the tap, and is not offered to filter.
+//! Checksums and segmentation of TCP and UDP are left to whoever is last to see a packet, in both directions: headers pass
+//! between the driver and the tap as they are (`IFF_VNET_HDR`). With a tap of a kernel before Linux 6.2, which does not know
+//! segmentation of UDP, the card splits what the driver does not, so that it can move between all of them. There are merged
+//! receive buffers, indirect descriptors, event index, and several pairs of queues. The driver can set the MAC address, how
+//! many pairs it uses, and its offloads. It gets everything that comes from the tap, and is not offered to filter.
 //!
 //! The link is up while the tap is: `ip link set NAME down` and `up` are what pulls the cable out and plugs it in.
 //!
@@ -43,6 +44,7 @@ mod mac;
 mod packet;
 mod pair;
 mod receive;
+mod split;
 mod state;
 mod tap;
 mod transmit;

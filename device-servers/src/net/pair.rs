@@ -41,11 +41,12 @@ pub(super) enum Wait {
 
 impl Pair {
     pub(super) fn new(shared: Arc<Shared>, number: u16) -> Self {
+        let transmitter = Transmitter::new(shared.config.has_uso);
         Self {
             shared,
             number,
             receiver: Receiver::new(),
-            transmitter: Transmitter::new(),
+            transmitter,
         }
     }
 

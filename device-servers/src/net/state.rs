@@ -149,7 +149,7 @@ mod tests {
         let changes: [fn(&mut State); 4] = [
             |state| state.pairs = 0,
             |state| state.pairs = 5,
-            |state| state.offloads = Some(1 << 54),
+            |state| state.offloads = Some(1 << 56),
             |state| state.offloads = Some(1),
         ];
         for (number, change) in changes.into_iter().enumerate() {

@@ -5,24 +5,30 @@ use std::io::{self, ErrorKind};
 use super::config::{HEADER, MAX_PACKET};
 use super::packet::{self, MAX_SLICES};
 use super::pair::{BATCH, Wait};
+use super::split;
 use super::tap::Tap;
 use crate::virtio::guest::{self, Guest};
 use crate::virtio::{Chain, VirtQueue};
 
 /// Takes packets from the driver.
 ///
-/// They are written straight from the driver's buffers. What is no packet, or one that the tap does not want, is dropped,
-/// as a network does. Only if the tap has no room now, the packet waits in its queue.
+/// They are written straight from the driver's buffers, but for UDP packets that the tap does not split. What is no packet,
+/// or one that the tap does not want, is dropped, as a network does. Only if the tap has no room now, the packet waits in
+/// its queue.
 #[derive(Debug)]
 pub(super) struct Transmitter {
-    /// For packets that are not in mapped memory.
+    /// For packets that are not in mapped memory, or that are split here.
     own: Box<[u8]>,
+    /// Whether the tap splits UDP packets.
+    has_uso: bool,
 }
 
 impl Transmitter {
-    pub(super) fn new() -> Self {
+    /// Of a card with a tap that splits UDP packets or does not.
+    pub(super) fn new(has_uso: bool) -> Self {
         Self {
             own: vec![0; MAX_PACKET].into(),
+            has_uso,
         }
     }
 
@@ -61,18 +67,29 @@ impl Transmitter {
         if length <= HEADER || length > MAX_PACKET {
             return Err(ErrorKind::InvalidData.into());
         }
+        let is_split = !self.has_uso && {
+            let mut start = [0; split::KIND];
+            guest.gather(&segments, &mut start) && split::is_for(start)
+        };
         match guest.slices(&segments) {
-            Some(slices) if slices.len() <= MAX_SLICES => {
+            Some(slices) if slices.len() <= MAX_SLICES && !is_split => {
                 packet::write(tap, &slices)?;
+                return Ok(());
             }
-            _ => {
-                let packet = self.own.get_mut(..length).ok_or(ErrorKind::InvalidData)?;
-                if !guest.gather(&segments, packet) {
-                    return Err(ErrorKind::InvalidInput.into());
-                }
-                rustix::io::write(tap, packet)?;
-            }
+            _ => {}
         }
-        Ok(())
+        let packet = self.own.get_mut(..length).ok_or(ErrorKind::InvalidData)?;
+        if !guest.gather(&segments, packet) {
+            return Err(ErrorKind::InvalidInput.into());
+        }
+        if is_split {
+            split::write(packet, |pieces| {
+                rustix::io::writev(tap, pieces)?;
+                Ok(())
+            })
+        } else {
+            rustix::io::write(tap, packet)?;
+            Ok(())
+        }
     }
 }
