@@ -2,6 +2,7 @@
 //!
 //! Each queue has a thread of its own with an io_uring, which reads into guest memory and writes from it directly. What
 //! is not mapped, or not aligned as `direct` wants it, goes through a buffer.
+//! When all requests are done, it looks for more for a moment before it sleeps, if that has saved notifications lately.
 //!
 //! # When data is safe
 //!
@@ -48,6 +49,7 @@ mod error;
 mod image;
 mod job;
 mod lock;
+mod polling;
 mod request;
 mod ring;
 mod service;

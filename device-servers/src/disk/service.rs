@@ -1,5 +1,6 @@
 //! What the thread of a queue does: it takes requests, and gives them to the kernel.
 
+use std::hint;
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -10,6 +11,7 @@ use super::config::writes_through;
 use super::error::DiskError;
 use super::image::Image;
 use super::job::{Context, Job, SERIAL, Step};
+use super::polling::{LONGEST, Polling};
 use super::request::Request;
 use super::ring::{Event, Memory, Operation, Ring};
 use crate::virtio::guest::Guest;
@@ -29,6 +31,7 @@ pub(super) struct DiskService {
     at_once: AtOnce,
     /// Bytes that have been written without it since the driver was last interrupted.
     written: usize,
+    polling: Polling,
     /// Whether the ring cannot be used any more.
     has_failed: bool,
 }
@@ -82,6 +85,7 @@ impl DiskService {
             buffered: 0,
             at_once,
             written: 0,
+            polling: Polling::default(),
             has_failed: false,
         })
     }
@@ -100,14 +104,15 @@ impl DiskService {
                 break;
             }
             if rest != Rest::Nothing && !is_stopping {
-                rest = self.take(queue, features)?;
+                rest = self.take(queue, features, stop)?;
             }
             if rest == Rest::Something && !is_stopping {
                 self.ring.submit()?;
             } else {
                 self.ring.wait()?;
             }
-            if self.handle_events(queue, features, stop)? {
+            // When all is over, it is time to look whether more comes soon.
+            if self.handle_events(queue, features, stop)? || self.is_idle() {
                 rest = Rest::Something;
             }
         }
@@ -115,11 +120,11 @@ impl DiskService {
     }
 
     /// Takes a few requests out of the queue, and starts them.
-    fn take(&mut self, queue: &mut VirtQueue, features: u64) -> io::Result<Rest> {
+    fn take(&mut self, queue: &mut VirtQueue, features: u64, stop: &Stop) -> io::Result<Rest> {
         let guest = queue.guest();
         queue.disable_notifications(&guest.view);
         let mut rest = Rest::Something;
-        for _ in 0..BATCH {
+        for taken in 0..BATCH {
             if self.written >= BATCH_BYTES {
                 break;
             }
@@ -128,17 +133,42 @@ impl DiskService {
                 break;
             }
             if !self.take_one(queue, &guest, features)? {
-                rest = Rest::Nothing;
+                // With the page cache, what has been taken is over soon, and the driver need not notify before that.
+                if taken == 0 || self.shared.image.direct {
+                    rest = Rest::Nothing;
+                }
                 break;
             }
         }
         // Those that were over at once.
         queue.interrupt(&guest.view);
         self.written = 0;
-        if rest == Rest::Nothing && queue.enable_notifications(&guest.view) {
+        if rest == Rest::Nothing
+            && (self.more_comes_soon(queue, &guest, stop)
+                || queue.enable_notifications(&guest.view))
+        {
             rest = Rest::Something;
         }
         Ok(rest)
+    }
+
+    /// Looks for requests that the driver is about to make, without being notified, if there is nothing else to do.
+    fn more_comes_soon(&mut self, queue: &mut VirtQueue, guest: &Guest, stop: &Stop) -> bool {
+        if !self.is_idle() || !self.polling.is_due() {
+            return false;
+        }
+        let begin = Instant::now();
+        let something_came = loop {
+            if queue.has_more(&guest.view) {
+                break true;
+            }
+            if stop.is_set() || begin.elapsed() >= LONGEST {
+                break false;
+            }
+            hint::spin_loop();
+        };
+        self.polling.note(something_came);
+        something_came
     }
 
     /// Takes one request, and returns whether there was one.

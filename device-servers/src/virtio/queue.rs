@@ -87,6 +87,18 @@ impl VirtQueue {
         }
     }
 
+    /// Whether there is a buffer to be taken. It may still fail to be.
+    pub fn has_more(&mut self, view: &View) -> bool {
+        if self.is_broken {
+            return false;
+        }
+        let result = self.has_available(view);
+        result.unwrap_or_else(|error| {
+            self.fail(&error);
+            false
+        })
+    }
+
     /// Puts the last `count` buffers that were popped back, to be popped again. None of them has been pushed.
     pub fn unpop(&mut self, count: u16) {
         let next = self.queue.next_avail().wrapping_sub(count);
@@ -170,12 +182,16 @@ impl VirtQueue {
         }
     }
 
+    fn has_available(&self, view: &View) -> Result<bool, Error> {
+        let available = self.queue.avail_idx(&**view, Ordering::Acquire)?;
+        Ok(available != Wrapping(self.queue.next_avail()))
+    }
+
     fn try_pop<'a>(&mut self, view: &'a View) -> Result<Option<Chain<'a>>, Error> {
-        let memory: &GuestMemoryMmap<PageLog> = view;
-        let available = self.queue.avail_idx(memory, Ordering::Acquire)?;
-        if available == Wrapping(self.queue.next_avail()) {
+        if !self.has_available(view)? {
             return Ok(None);
         }
+        let memory: &GuestMemoryMmap<PageLog> = view;
         let chain = self.queue.iter(memory)?.next();
         // The ring says that there is one.
         let chain = chain.ok_or(Error::InvalidAvailRingIndex)?;

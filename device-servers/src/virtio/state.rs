@@ -12,6 +12,22 @@ const MAX_DEVICE: usize = 64 << 10;
 /// Most bytes that a state can have, with [`MAX_QUEUES`](super::MAX_QUEUES) queues.
 pub(super) const MAX_STATE: usize = 128 << 10;
 
+/// Why a device cannot have a state.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub(super) enum Unfit {
+    #[error(
+        "the state that is to be taken over is of a device with {theirs} queues, and this one has {ours}"
+    )]
+    Queues { theirs: u16, ours: usize },
+    #[error(
+        "the state that is to be taken over is of a device whose driver has accepted features {0:#x}, which this one does not \
+         offer"
+    )]
+    Features(u64),
+    #[error("the state that is to be taken over is none that a device can have")]
+    Impossible,
+}
+
 /// All that migrates.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct State {
@@ -59,8 +75,25 @@ impl State {
     }
 
     /// Parses the state of a device whose queues may have as many entries as those of `ours`, of which `features` may
-    /// have been accepted. `None` if no such device can have it.
-    pub(super) fn decode(bytes: &[u8], ours: &Common, features: u64) -> Option<Self> {
+    /// have been accepted.
+    pub(super) fn decode(bytes: &[u8], ours: &Common, features: u64) -> Result<Self, Unfit> {
+        let (theirs, state) = Self::parse(bytes, ours).ok_or(Unfit::Impossible)?;
+        let Some(state) = state else {
+            let ours = ours.queues.len();
+            return Err(Unfit::Queues { theirs, ours });
+        };
+        let lacking = state.common.driver_features & !features;
+        if state.has(status::FEATURES_OK) && lacking != 0 {
+            return Err(Unfit::Features(lacking));
+        }
+        if !state.is_possible(features) {
+            return Err(Unfit::Impossible);
+        }
+        Ok(state)
+    }
+
+    /// Returns how many queues there are, and all that there is if there are as many here. `None` if nothing is like that.
+    fn parse(bytes: &[u8], ours: &Common) -> Option<(u16, Option<Self>)> {
         let mut bytes = Bytes(bytes);
         if bytes.u32()? != VERSION {
             return None;
@@ -77,8 +110,9 @@ impl State {
         let vectors = super::layout::vectors(u16::try_from(ours.queues.len()).ok()?);
         let is_vector = |vector: &u16| *vector == NO_VECTOR || *vector < vectors;
         let config_vector = Some(bytes.u16()?).filter(is_vector)?;
-        if usize::from(bytes.u16()?) != ours.queues.len() {
-            return None;
+        let queues = bytes.u16()?;
+        if usize::from(queues) != ours.queues.len() {
+            return Some((queues, None));
         }
         let mut queue_vectors = Vec::new();
         for queue in &ours.queues {
@@ -105,19 +139,22 @@ impl State {
             queue_vectors,
             device: device.to_vec(),
         };
-        let possible = device.len() == length && length <= MAX_DEVICE;
-        (possible && state.is_possible(features)).then_some(state)
+        let is_whole = device.len() == length && length <= MAX_DEVICE;
+        is_whole.then_some((queues, Some(state)))
+    }
+
+    fn has(&self, status: u8) -> bool {
+        self.common.status & status != 0
     }
 
     /// Whether the registers can have come to be like this.
     fn is_possible(&self, features: u64) -> bool {
         let common = &self.common;
-        let is_set = |bit| common.status & bit != 0;
-        let has_features = is_set(status::FEATURES_OK);
+        let has_features = self.has(status::FEATURES_OK);
         let mut queues = common.queues.iter().filter(|queue| queue.is_enabled);
         common.status & !status::DRIVERS == 0
             && (!has_features || common.accepts_features(features))
-            && (has_features || !is_set(status::DRIVER_OK))
+            && (has_features || !self.has(status::DRIVER_OK))
             && queues.all(|queue| virtio_queue::Queue::try_from(queue.state(false)).is_ok())
     }
 }
@@ -186,20 +223,19 @@ mod tests {
         }
     }
 
-    fn decode(state: &State) -> Option<State> {
+    fn decode(state: &State) -> Result<State, Unfit> {
         State::decode(&state.encode(), &ours(), 1 << 32 | 1 << 29)
     }
 
     #[test]
     fn a_state_survives() {
-        assert_eq!(decode(&state()), Some(state()));
+        assert_eq!(decode(&state()), Ok(state()));
         assert!(state().encode().len() < MAX_STATE);
     }
 
     #[test]
     fn impossible_states_are_refused() {
-        let changes: [fn(&mut State); 9] = [
-            |state| state.common.driver_features |= 1,
+        let changes: [fn(&mut State); 8] = [
             |state| state.common.driver_features = 1 << 29,
             |state| state.common.status = 0x4,
             |state| state.common.status |= status::NEEDS_RESET,
@@ -212,8 +248,24 @@ mod tests {
         for (number, change) in changes.into_iter().enumerate() {
             let mut state = state();
             change(&mut state);
-            assert_eq!(decode(&state), None, "{number}");
+            assert_eq!(decode(&state), Err(Unfit::Impossible), "{number}");
         }
+    }
+
+    #[test]
+    fn what_another_device_has_more_of_is_named() {
+        let mut theirs = state();
+        theirs.common.driver_features |= 1 << 3 | 1;
+        assert_eq!(decode(&theirs), Err(Unfit::Features(9)));
+        theirs.common.status = 0;
+        theirs.common.queues.truncate(1);
+        let unfit = Unfit::Queues { theirs: 1, ours: 2 };
+        assert_eq!(decode(&theirs), Err(unfit));
+        // Until it has said that this is all, the driver has accepted nothing.
+        let mut theirs = state();
+        theirs.common.driver_features |= 1;
+        theirs.common.status = 3;
+        assert_eq!(decode(&theirs), Ok(theirs));
     }
 
     #[test]
@@ -221,9 +273,9 @@ mod tests {
         let bytes = state().encode();
         let decode = |bytes: &[u8]| State::decode(bytes, &ours(), u64::MAX);
         for cut in 0..bytes.len() {
-            assert_eq!(decode(&bytes[..cut]), None, "{cut}");
+            assert_eq!(decode(&bytes[..cut]), Err(Unfit::Impossible), "{cut}");
         }
-        assert_eq!(decode(&[&bytes[..], &[0]].concat()), None);
-        assert_eq!(State::decode(&bytes, &Common::new(&[256]), u64::MAX), None);
+        let longer = decode(&[&bytes[..], &[0]].concat());
+        assert_eq!(longer, Err(Unfit::Impossible));
     }
 }

@@ -287,8 +287,8 @@ impl<D: VirtioDevice> StateStream for Transport<D> {
 
     fn state_written(&mut self, _size: u64) -> io::Result<()> {
         let bytes = std::mem::take(&mut self.loading);
-        let state = State::decode(&bytes, &self.common, self.features());
-        let state = state.ok_or(io::ErrorKind::InvalidData)?;
+        let state = State::decode(&bytes, &self.common, self.features())
+            .map_err(|unfit| io::Error::new(io::ErrorKind::InvalidData, unfit))?;
         self.device.restore(&state.device)?;
         self.signals
             .restore(state.isr, state.generation, state.needs_reset);
