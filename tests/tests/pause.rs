@@ -84,6 +84,7 @@ fn pause_and_resume(kernel: &Path, pause_at: u32) -> (String, u32, u32) {
             cmdline: String::new(),
         },
         vcpus: 1,
+        nested: true,
         memory: MemoryConfig {
             size: 64 << 20,
             hugepages: false,

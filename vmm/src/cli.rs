@@ -8,7 +8,7 @@ use clap::{ArgAction, ArgGroup, Parser, Subcommand};
 use vmm::control::RestoreRequest;
 use vmm::{
     DiskConfig, HostDeviceConfig, IommufdConfig, MemoryConfig, NetConfig, PayloadConfig, Policy,
-    SerialConfig, UserDeviceConfig, VmConfig, parse_vcpus,
+    SerialConfig, UserDeviceConfig, VmConfig, parse_cpus,
 };
 
 use crate::{remote, serve};
@@ -51,7 +51,8 @@ pub(crate) struct Cli {
     )]
     cmdline: String,
 
-    /// How many vCPUs: a number, or boot=NUMBER
+    /// How many vCPUs: a number, or boot=NUMBER. nested=off behind that keeps from the guest that the host's CPUs could have
+    /// it run VMs of its own
     #[arg(long, value_name = "NUMBER", default_value = "1", requires = "kernel")]
     cpus: String,
 
@@ -278,13 +279,15 @@ impl Cli {
         let disks = self.disks.iter().enumerate();
         let nets = self.nets.iter().enumerate();
         let host_devices = self.devices.iter().enumerate();
+        let (vcpus, nested) = parse_cpus(&self.cpus)?;
         let config = VmConfig {
             payload: PayloadConfig {
                 kernel: kernel.clone(),
                 initramfs: self.initramfs.clone(),
                 cmdline: self.cmdline.clone(),
             },
-            vcpus: parse_vcpus(&self.cpus)?,
+            vcpus,
+            nested,
             memory: memory.unwrap_or_default(),
             serial: SerialConfig::parse(&self.serial)?,
             disks: disks

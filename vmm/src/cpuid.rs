@@ -10,11 +10,17 @@ const MAX_ENTRIES: usize = 256;
 
 /// Bits of leaf 1 (Intel SDM, volume 2, CPUID).
 mod leaf1 {
+    pub(super) const ECX_VMX: u32 = 1 << 5;
     pub(super) const ECX_X2APIC: u32 = 1 << 21;
     pub(super) const ECX_TSC_DEADLINE: u32 = 1 << 24;
     pub(super) const ECX_HYPERVISOR: u32 = 1 << 31;
     pub(super) const EDX_HTT: u32 = 1 << 28;
 }
+
+/// Whether there is SVM (AMD APM, volume 3, E.4.2), and the leaf that says what it can do (E.4.9).
+const FEATURES_AMD: u32 = 0x8000_0001;
+const ECX_SVM: u32 = 1 << 2;
+const SVM: u32 = 0x8000_000a;
 
 /// The CPUID that all vCPUs of a VM have in common.
 #[derive(Debug, Clone)]
@@ -51,6 +57,19 @@ impl CommonCpuid {
             entries.extend(topology(0x1f, vcpus));
         }
         Self { entries }
+    }
+
+    /// The same for guests that are not to run VMs of their own.
+    pub(crate) fn without_nesting(mut self) -> Self {
+        self.entries.retain(|entry| entry.function != SVM);
+        for entry in &mut self.entries {
+            match entry.function {
+                1 => entry.ecx &= !leaf1::ECX_VMX,
+                FEATURES_AMD => entry.ecx &= !ECX_SVM,
+                _ => {}
+            }
+        }
+        self
     }
 
     /// The CPUID of the vCPU with this APIC id.

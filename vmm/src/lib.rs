@@ -46,7 +46,7 @@ mod vmm;
 
 pub use config::{
     ConfigError, DiskConfig, HostDeviceConfig, HostDeviceSource, IommufdConfig, MemoryConfig,
-    NetConfig, PayloadConfig, SerialConfig, UserDeviceConfig, VmConfig, parse_vcpus,
+    NetConfig, PayloadConfig, SerialConfig, UserDeviceConfig, VmConfig, parse_cpus,
 };
 pub use ending::Ending;
 pub use events::{Events, EventsError};

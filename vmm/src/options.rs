@@ -90,9 +90,15 @@ impl Options {
 
     /// `on` or `off`; off if it is not given.
     pub(crate) fn switch(&mut self, key: &'static str) -> Result<bool, OptionError> {
+        Ok(self.given_switch(key)?.unwrap_or(false))
+    }
+
+    /// `on` or `off`, if it is given.
+    pub(crate) fn given_switch(&mut self, key: &'static str) -> Result<Option<bool>, OptionError> {
         match self.0.remove(key).as_deref() {
-            None | Some("off") => Ok(false),
-            Some("on") => Ok(true),
+            None => Ok(None),
+            Some("off") => Ok(Some(false)),
+            Some("on") => Ok(Some(true)),
             Some(value) => {
                 let value = value.to_owned();
                 Err(OptionError::Value {

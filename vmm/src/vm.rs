@@ -189,10 +189,18 @@ impl Vm {
         vcpu::catch_kicks().map_err(VmError::Kicks)?;
         let cpuid = match &saved {
             Some(saved) => saved.cpuid(),
-            None => CommonCpuid::new(&kvm, config.vcpus).map_err(|source| KvmError::Step {
-                step: "tell the CPUID it supports",
-                source,
-            })?,
+            None => {
+                let supported = CommonCpuid::new(&kvm, config.vcpus);
+                let supported = supported.map_err(|source| KvmError::Step {
+                    step: "tell the CPUID it supports",
+                    source,
+                })?;
+                if config.nested {
+                    supported
+                } else {
+                    supported.without_nesting()
+                }
+            }
         };
         let windows = layout::pci_windows(memory::end(config.memory.size));
         check_address_bits(windows.memory64, cpuid.address_bits())?;

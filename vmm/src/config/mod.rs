@@ -86,6 +86,9 @@ pub struct VmConfig {
     pub payload: PayloadConfig,
     /// How many vCPUs it has.
     pub vcpus: u32,
+    /// Whether these can run VMs of their own, if the host's CPUs can.
+    #[serde(default = "nested_if_not_said")]
+    pub nested: bool,
     /// Its RAM.
     pub memory: MemoryConfig,
     /// Its serial port.
@@ -100,6 +103,11 @@ pub struct VmConfig {
     pub iommufd: IommufdConfig,
     /// Its vfio-user devices, which come last.
     pub user_devices: Vec<UserDeviceConfig>,
+}
+
+/// Whether a VM can run VMs of its own that is not told.
+pub(crate) fn nested_if_not_said() -> bool {
+    true
 }
 
 /// What a VM boots.
@@ -241,20 +249,20 @@ impl Default for MemoryConfig {
     }
 }
 
-/// Parses the number of vCPUs: `4` or `boot=4`.
-pub fn parse_vcpus(text: &str) -> Result<u32, ConfigError> {
+/// Parses what `--cpus` says, how many vCPUs there are and whether they can run VMs: `4` or `boot=4,nested=off`.
+pub fn parse_cpus(text: &str) -> Result<(u32, bool), ConfigError> {
     let error = |source| ConfigError::Option {
         flag: "--cpus",
         source,
     };
     if let Ok(count) = text.parse() {
-        return Ok(count);
+        return Ok((count, nested_if_not_said()));
     }
-    let mut options = Options::parse(text, &["boot"]).map_err(error)?;
-    options
-        .number("boot")
-        .map_err(error)?
-        .ok_or_else(|| error(OptionError::Missing("boot")))
+    let mut options = Options::parse(text, &["boot", "nested"]).map_err(error)?;
+    let count = options.number("boot").map_err(error)?;
+    let count = count.ok_or_else(|| error(OptionError::Missing("boot")))?;
+    let nested = options.given_switch("nested").map_err(error)?;
+    Ok((count, nested.unwrap_or_else(nested_if_not_said)))
 }
 
 impl SerialConfig {
@@ -283,6 +291,7 @@ pub(crate) mod tests {
                 cmdline: String::new(),
             },
             vcpus: 1,
+            nested: true,
             memory: MemoryConfig::default(),
             serial: SerialConfig::Off,
             disks: Vec::new(),
@@ -318,11 +327,13 @@ pub(crate) mod tests {
 
     #[test]
     fn vcpus_are_a_number_or_an_option() {
-        assert_eq!(parse_vcpus("4"), Ok(4));
-        assert_eq!(parse_vcpus("boot=4"), Ok(4));
-        assert!(parse_vcpus("max=4").is_err());
-        assert!(parse_vcpus("four").is_err());
-        assert!(parse_vcpus("").is_err());
+        assert_eq!(parse_cpus("4"), Ok((4, true)));
+        assert_eq!(parse_cpus("boot=4"), Ok((4, true)));
+        assert_eq!(parse_cpus("boot=4,nested=on"), Ok((4, true)));
+        assert_eq!(parse_cpus("nested=off,boot=4"), Ok((4, false)));
+        for wrong in ["max=4", "four", "", "nested=off", "boot=4,nested=no"] {
+            assert!(parse_cpus(wrong).is_err(), "{wrong}");
+        }
         for vcpus in [0, 255] {
             assert_eq!(
                 VmConfig { vcpus, ..config() }.validate(),

@@ -161,6 +161,7 @@ const FEATURES: &[Register] = &[
     register(0x8000_0008, 0, Ebx),
     register(0x8000_000a, 0, Edx),
     register(0x8000_0021, 0, Eax),
+    register(0x8000_0021, 0, Ecx),
     register(0x8000_0022, 0, Eax),
 ];
 
@@ -200,7 +201,8 @@ const SAME: &[Register] = &[
     register(0x1e, 0, Ebx),
 ];
 
-/// What bits are called that differ between the CPUs that one is likely to have, as /proc/cpuinfo spells it.
+/// What bits are called that differ between the CPUs, or between the kernels' KVMs, that one is likely to have, as
+/// /proc/cpuinfo and the kernel's cpufeatures.h spell it, and `KVM_FEATURE_*` of its kvm_para.h.
 const NAMES: &[(Register, &[(u32, &str)])] = &[
     (
         register(1, 0, Ecx),
@@ -293,6 +295,104 @@ const NAMES: &[(Register, &[(u32, &str)])] = &[
         &[(20, "nx"), (26, "pdpe1gb"), (27, "rdtscp"), (29, "lm")],
     ),
     (register(0x8000_0007, 0, Edx), &[(8, "invtsc")]),
+    (
+        register(7, 1, Eax),
+        &[
+            (4, "avx_vnni"),
+            (5, "avx512_bf16"),
+            (7, "cmpccxadd"),
+            (10, "fzrm"),
+            (11, "fsrs"),
+            (12, "fsrc"),
+            (21, "amx_fp16"),
+            (23, "avx_ifma"),
+            (26, "lam"),
+        ],
+    ),
+    (
+        register(7, 2, Edx),
+        &[
+            (0, "intel_psfd"),
+            (1, "ipred_ctrl"),
+            (2, "rrsba_ctrl"),
+            (3, "ddpd_u"),
+            (4, "bhi_ctrl"),
+            (5, "mcdt_no"),
+        ],
+    ),
+    (
+        register(0x4000_0001, 0, Eax),
+        &[
+            (4, "async_pf"),
+            (5, "steal_time"),
+            (6, "pv_eoi"),
+            (7, "pv_unhalt"),
+            (9, "pv_tlb_flush"),
+            (10, "async_pf_vmexit"),
+            (11, "pv_send_ipi"),
+            (12, "poll_control"),
+            (13, "pv_sched_yield"),
+            (14, "async_pf_int"),
+            (15, "msi_ext_dest_id"),
+            (16, "hc_map_gpa_range"),
+            (17, "migration_control"),
+            (24, "clocksource_stable"),
+        ],
+    ),
+    (
+        register(0x8000_0008, 0, Ebx),
+        &[
+            (0, "clzero"),
+            (2, "xsaveerptr"),
+            (9, "wbnoinvd"),
+            (12, "ibpb"),
+            (14, "ibrs"),
+            (15, "stibp"),
+            (17, "stibp_always_on"),
+            (24, "amd_ssbd"),
+            (25, "virt_ssbd"),
+            (26, "amd_ssb_no"),
+            (28, "amd_psfd"),
+            (29, "btc_no"),
+            (30, "amd_ibpb_ret"),
+        ],
+    ),
+    (
+        register(0x8000_000a, 0, Edx),
+        &[
+            (0, "npt"),
+            (1, "lbrv"),
+            (3, "nrip_save"),
+            (4, "tsc_scale"),
+            (5, "vmcb_clean"),
+            (6, "flushbyasid"),
+            (10, "pausefilter"),
+            (12, "pfthreshold"),
+            (15, "v_vmsave_vmload"),
+            (16, "vgif"),
+            (25, "vnmi"),
+            (28, "svme_addr_chk"),
+        ],
+    ),
+    (
+        register(0x8000_0021, 0, Eax),
+        &[
+            (0, "no_nested_data_bp"),
+            (1, "wrmsr_xx_base_ns"),
+            (2, "lfence_rdtsc"),
+            (5, "verw_clear"),
+            (6, "null_sel_clr_base"),
+            (8, "autoibrs"),
+            (9, "no_smm_ctl_msr"),
+            (27, "sbpb"),
+            (28, "ibpb_brtype"),
+            (29, "srso_no"),
+        ],
+    ),
+    (
+        register(0x8000_0021, 0, Ecx),
+        &[(1, "tsa_sq_no"), (2, "tsa_l1_no")],
+    ),
 ];
 
 /// Says which features these are.

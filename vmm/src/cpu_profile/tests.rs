@@ -133,6 +133,40 @@ fn other_hosts_are_named() {
     );
 }
 
+/// What a kernel adds for guests with VMs of their own keeps none of the others from going to an older one.
+#[test]
+fn guest_without_nesting_needs_nothing_of_it() {
+    let newer = || {
+        let mut entries = amd();
+        entries.push(leaf(0x8000_000a, 0, [1, 8, 0, 0x49]));
+        host(entries)
+    };
+    let mut older = newer();
+    let mut entries = amd();
+    entries.push(leaf(0x8000_000a, 0, [1, 8, 0, 9]));
+    older.cpuid = CommonCpuid::from_entries(entries);
+    let said = |profile: CpuProfile| {
+        profile
+            .compare(&older)
+            .iter()
+            .map(ToString::to_string)
+            .collect::<Vec<_>>()
+    };
+    let nesting = CpuProfile::new(&newer().cpuid, &newer()).unwrap();
+    assert_eq!(
+        said(nesting),
+        ["CPUID leaf 0x8000000a edx: the VM has 0x40 (flushbyasid), which this host lacks"]
+    );
+    let cpuid = newer().cpuid.without_nesting();
+    assert_eq!(said(CpuProfile::new(&cpuid, &newer()).unwrap()), [""; 0]);
+    older.nested = false;
+    let cpuid = newer().cpuid.without_nesting();
+    assert_eq!(
+        CpuProfile::new(&cpuid, &newer()).unwrap().compare(&older),
+        []
+    );
+}
+
 #[test]
 fn frequency_may_differ_a_little_or_be_scaled() {
     assert_eq!(said(|host| host.tsc_khz = Some(2_596_500)), [""; 0]);

@@ -39,6 +39,7 @@ impl TryFrom<VmConfig> for crate::VmConfig {
                 cmdline: config.payload.cmdline.unwrap_or_default(),
             },
             vcpus: config.cpus.boot_vcpus,
+            nested: config.cpus.nested,
             memory: MemoryConfig {
                 size: config.memory.size,
                 hugepages: config.memory.hugepages,
@@ -225,6 +226,7 @@ impl From<&crate::VmConfig> for VmConfig {
             cpus: Cpus {
                 boot_vcpus: config.vcpus,
                 max_vcpus: config.vcpus,
+                nested: config.nested,
                 rest: Rest::default(),
             },
             memory: Memory {

@@ -41,7 +41,6 @@ fn asks_for_nothing(name: &str, value: &Value) -> bool {
 
 /// What is on if it is not said to be off.
 const USUALLY_ON: &[&str] = &[
-    "nested",
     "offload_csum",
     "offload_tso",
     "offload_ufo",

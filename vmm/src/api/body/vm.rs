@@ -5,6 +5,7 @@ use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
 use super::rest::Rest;
+use crate::config::nested_if_not_said;
 
 /// A VM. Fields of Cloud Hypervisor's that are not listed here are accepted with their usual values only.
 #[derive(Debug, Clone, PartialEq, Deserialize, Serialize)]
@@ -70,6 +71,10 @@ pub struct Cpus {
     pub boot_vcpus: u32,
     /// The same.
     pub max_vcpus: u32,
+    /// Whether they can run VMs of their own, if the host's CPUs can.
+    #[serde(default = "nested_if_not_said")]
+    #[cfg_attr(test, schema(default = true))]
+    pub nested: bool,
     #[serde(flatten, skip_serializing)]
     #[cfg_attr(test, schema(ignore))]
     pub(super) rest: Rest,
@@ -237,6 +242,7 @@ impl Default for Cpus {
         Self {
             boot_vcpus: 1,
             max_vcpus: 1,
+            nested: nested_if_not_said(),
             rest: Rest::default(),
         }
     }
