@@ -273,11 +273,16 @@ pub(crate) enum Rest {
 }
 
 /// Model specific registers that the guest gives values.
-pub(crate) const MSRS: [(u32, u64); 4] = [
+pub(crate) const MSRS: [(u32, u64); 9] = [
     (0x174, 0x0010),                      // SYSENTER_CS
     (0x175, 0x1234_5678),                 // SYSENTER_ESP
     (0xc000_0081, 0x0013_0008_0000_0000), // STAR
     (0xc000_0102, 0xffff_8000_1234_5000), // KERNEL_GS_BASE
+    (0x200, 0x1000_0001),                 // a range of memory, write-combining
+    (0x201, 0xf_f000_0800),               // its size
+    (0x250, 0x0606_0606_0606_0606),       // the first 512 KiB, write-back
+    (0x26f, 0x0505_0505_0505_0505),       // 32 KiB of ROM, write-protected
+    (0x2ff, 0xc06),                       // and all else, write-back
 ];
 
 /// The word that is in this lane of SSE register `register`.

@@ -1,5 +1,7 @@
 //! Reading and writing model specific registers.
 
+use std::ops::{Range, RangeInclusive};
+
 use kvm_bindings::{Msrs, kvm_msr_entry};
 use kvm_ioctls::VcpuFd;
 use serde::{Deserialize, Serialize};
@@ -8,6 +10,23 @@ use serde::{Deserialize, Serialize};
 pub(super) const TSC: u32 = 0x10;
 /// IA32_TSC_DEADLINE.
 pub(super) const TSC_DEADLINE: u32 = 0x6e0;
+
+/// The memory type range registers (Intel SDM, volume 3, 11.11): the default type, the fixed ranges, and as many variable
+/// ones as KVM has (`KVM_NR_VAR_MTRR` in the kernel's arch/x86/include/asm/kvm_host.h).
+///
+/// KVM keeps them for each guest and does not list them. Where they were lost, a guest that reads them would find all its
+/// memory uncached; and before Linux 6.11 it would be, on an Intel CPU, with a device given to it whose DMA does not snoop.
+pub(super) fn mtrrs() -> impl Iterator<Item = u32> {
+    const DEFAULT_TYPE: u32 = 0x2ff;
+    const FIXED: [u32; 3] = [0x250, 0x258, 0x259];
+    const FIXED_4K: RangeInclusive<u32> = 0x268..=0x26f;
+    const VARIABLE: Range<u32> = 0x200..0x200 + 2 * 8;
+    FIXED
+        .into_iter()
+        .chain(FIXED_4K)
+        .chain(VARIABLE)
+        .chain([DEFAULT_TYPE])
+}
 
 /// A model specific register.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]

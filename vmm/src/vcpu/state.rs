@@ -30,9 +30,13 @@ use crate::saved::{List, Raw, RawBytes};
 pub(crate) struct MsrIndices(Arc<[u32]>);
 
 impl MsrIndices {
-    /// Those of `kvm`.
+    /// Those that `kvm` lists, and those that it keeps all the same.
     pub(crate) fn new(kvm: &Kvm) -> Result<Self, kvm_ioctls::Error> {
-        Ok(Self(kvm.get_msr_index_list()?.as_slice().into()))
+        let listed = kvm.get_msr_index_list()?;
+        let unlisted = msrs::mtrrs().filter(|index| !listed.as_slice().contains(index));
+        Ok(Self(
+            listed.as_slice().iter().copied().chain(unlisted).collect(),
+        ))
     }
 }
 
@@ -77,7 +81,7 @@ pub(crate) struct VcpuState {
     /// None for a guest without XSAVE.
     xcrs: Option<Raw<kvm_xcrs>>,
     debugregs: Raw<kvm_debugregs>,
-    /// Those that KVM lists and can read, but for the time stamp counter and its deadline, which have fields of their own.
+    /// Those that KVM keeps and can read, but for the time stamp counter and its deadline, which have fields of their own.
     msrs: List<Msr, KVM_MAX_MSR_ENTRIES>,
     /// None on a KVM without any.
     tsc: Option<Tsc>,
