@@ -20,7 +20,7 @@ const INTERVAL: Duration = Duration::from_millis(100);
 pub(super) fn migrate(socket: &Path, data: &SendMigrationData) -> anyhow::Result<()> {
     // One connection waits for the end, the other asks meanwhile.
     let mut asking = Client::connect(socket)?;
-    let mut watching = Client::connect(socket)?;
+    let mut watching = Watch::new(socket)?;
     let bar = progress_bar();
     let (end, ended) = channel();
     let (outcome, last) = thread::scope(|scope| {
@@ -34,7 +34,7 @@ pub(super) fn migrate(socket: &Path, data: &SendMigrationData) -> anyhow::Result
                 Err(RecvTimeoutError::Disconnected) => return (Ok(()), last),
                 Err(RecvTimeoutError::Timeout) => {}
             }
-            if let Some(progress) = progress(&mut watching) {
+            if let Some(progress) = watching.progress() {
                 show(&bar, &progress);
                 last = Some(progress);
             }
@@ -42,10 +42,11 @@ pub(super) fn migrate(socket: &Path, data: &SendMigrationData) -> anyhow::Result
     });
     bar.finish_and_clear();
     // The VMM may have ended with the VM.
-    let last = progress(&mut watching).or(last);
+    let last = watching.progress().or(last);
     match outcome {
         Ok(()) => {
-            match last {
+            // What was seen last, before the end, says nothing of the end.
+            match last.filter(|progress| progress.phase.is_end()) {
                 Some(progress) => println!("{}", Summary(&progress)),
                 None => println!("the VM has moved"),
             }
@@ -55,11 +56,28 @@ pub(super) fn migrate(socket: &Path, data: &SendMigrationData) -> anyhow::Result
     }
 }
 
-/// The migration's progress, if there is one.
-fn progress(client: &mut Client) -> Option<MigrationProgress> {
-    let body = client.get("vm.migration").ok()?;
-    let progress: MigrationProgress = serde_json::from_slice(&body).ok()?;
-    (progress.operation == OperationKind::Send).then_some(progress)
+/// Asks how far the migration has come.
+struct Watch<'s> {
+    socket: &'s Path,
+    /// None when it has not answered the last time.
+    client: Option<Client>,
+}
+
+impl<'s> Watch<'s> {
+    fn new(socket: &'s Path) -> anyhow::Result<Self> {
+        let client = Some(Client::connect(socket)?);
+        Ok(Self { socket, client })
+    }
+
+    /// The migration's progress, if there is one.
+    fn progress(&mut self) -> Option<MigrationProgress> {
+        let client = self.client.take();
+        let mut client = client.or_else(|| Client::connect(self.socket).ok())?;
+        let body = client.get("vm.migration").ok()?;
+        self.client = Some(client);
+        let progress: MigrationProgress = serde_json::from_slice(&body).ok()?;
+        (progress.operation == OperationKind::Send).then_some(progress)
+    }
 }
 
 /// What the failure of the request means for the VM.
