@@ -8,6 +8,7 @@ use std::fmt;
 use std::marker::PhantomData;
 use std::ops::Deref;
 
+use data_encoding::HEXLOWER;
 use serde::de::{Deserialize, Deserializer, Error, SeqAccess, Visitor};
 use serde::ser::{Serialize, Serializer};
 use zerocopy::{FromBytes, Immutable, IntoBytes};
@@ -32,13 +33,13 @@ impl<T: IntoBytes + Immutable> PartialEq for Raw<T> {
 
 impl<T: IntoBytes + Immutable> fmt::Debug for Raw<T> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}", Hex(self.0.as_bytes()))
+        f.write_str(&HEXLOWER.encode(self.0.as_bytes()))
     }
 }
 
 impl<T: IntoBytes + Immutable> Serialize for Raw<T> {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        serializer.collect_str(&Hex(self.0.as_bytes()))
+        serializer.serialize_str(&HEXLOWER.encode(self.0.as_bytes()))
     }
 }
 
@@ -77,13 +78,13 @@ impl<const MAX: usize> Deref for RawBytes<MAX> {
 
 impl<const MAX: usize> fmt::Debug for RawBytes<MAX> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}", Hex(&self.0))
+        f.write_str(&HEXLOWER.encode(&self.0))
     }
 }
 
 impl<const MAX: usize> Serialize for RawBytes<MAX> {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        serializer.collect_str(&Hex(&self.0))
+        serializer.serialize_str(&HEXLOWER.encode(&self.0))
     }
 }
 
@@ -155,15 +156,6 @@ impl<'de, T: Deserialize<'de>, const MAX: usize> Deserialize<'de> for List<T, MA
     }
 }
 
-/// Shows bytes in hexadecimal.
-struct Hex<'a>(&'a [u8]);
-
-impl fmt::Display for Hex<'_> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        self.0.iter().try_for_each(|byte| write!(f, "{byte:02x}"))
-    }
-}
-
 /// Takes hexadecimal digits for bytes.
 struct HexVisitor {
     max: usize,
@@ -177,16 +169,12 @@ impl Visitor<'_> for HexVisitor {
     }
 
     fn visit_str<E: Error>(self, text: &str) -> Result<Vec<u8>, E> {
-        let (pairs, rest) = text.as_bytes().as_chunks::<2>();
-        if pairs.len() > self.max || !rest.is_empty() {
+        if text.len().div_ceil(2) > self.max {
             return Err(E::invalid_length(text.len().div_ceil(2), &self));
         }
-        let digit = |digit: u8| char::from(digit).to_digit(16);
-        pairs
-            .iter()
-            .map(|&[high, low]| u8::try_from(digit(high)? << 4 | digit(low)?).ok())
-            .collect::<Option<_>>()
-            .ok_or_else(|| E::invalid_value(serde::de::Unexpected::Str("other characters"), &self))
+        HEXLOWER
+            .decode(text.as_bytes())
+            .map_err(|_| E::invalid_value(serde::de::Unexpected::Other("other text"), &self))
     }
 }
 
