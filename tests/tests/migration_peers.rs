@@ -150,6 +150,19 @@ fn source_keeps_a_vm_whose_destination_lies() {
         source.expect_running();
     }
 
+    // One that says why it goes, and goes while the source is still sending.
+    let answer = source.send_to(|mut control, listener| {
+        let _ = read_frame(&mut control);
+        control.write_all(&say(Kind::Ready)).unwrap();
+        let _lane = listener.accept().unwrap();
+        let _ = control.write_all(&no);
+    });
+    assert!(
+        answer.is_error(&["the VM does not move", "does not take it: no"]),
+        "{answer:?}"
+    );
+    source.expect_running();
+
     // One that takes everything, and then says something else than it should.
     let after_all = |answers: Vec<Vec<u8>>| {
         move |mut control: UnixStream, listener: &UnixListener| {

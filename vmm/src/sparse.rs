@@ -164,7 +164,7 @@ fn write_data(to: &impl Sink, offset: u64, data: &[u8]) -> io::Result<()> {
 }
 
 /// Whether all bytes are zero. Looks at a cache line at a time, without a branch for each byte.
-pub(crate) fn is_zero(page: &[u8]) -> bool {
+fn is_zero(page: &[u8]) -> bool {
     let line_is_zero = |line: &[u8]| line.iter().fold(0, |any, byte| any | byte) == 0;
     page.chunks(64).all(line_is_zero)
 }

@@ -8,6 +8,7 @@ pub(crate) mod written;
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::io;
+use std::num::NonZero;
 use std::ops::Range;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::{FileExt, MetadataExt as _};
@@ -18,11 +19,11 @@ use rustix::fs::{
     MemfdFlags, SealFlags, fcntl_add_seals, fcntl_get_seals, ftruncate, memfd_create,
 };
 use vfio_user_client::{DmaError, GuestDma};
-use vm_memory::bitmap::{AtomicBitmap, NewBitmap};
+use vm_memory::bitmap::{AtomicBitmap, BS};
 use vm_memory::mmap::MmapRegionBuilder;
 use vm_memory::{
     Bytes, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion,
-    GuestRegionMmap,
+    GuestRegionMmap, MemoryRegionAddress, VolatileSlice,
 };
 
 use crate::config::MemoryConfig;
@@ -179,6 +180,7 @@ impl Memory {
             Some(Region {
                 range: start..start + region.len(),
                 file: region.file_offset()?.file(),
+                mapping: region,
             })
         })
     }
@@ -230,7 +232,24 @@ pub(crate) struct Region<'m> {
     pub(crate) range: Range<u64>,
     /// Its memfd, from offset 0 on.
     pub(crate) file: &'m File,
+    mapping: &'m RamRegion,
 }
+
+impl<'m> Region<'m> {
+    /// What it has there, by offsets from its start, while the guest uses it. What has no memory yet gets some when it is
+    /// looked at. A range that is not wholly within it is an [`InvalidInput`](io::ErrorKind::InvalidInput).
+    pub(crate) fn contents(&self, range: Range<u64>) -> io::Result<Contents<'m>> {
+        let invalid = |_| io::Error::from(io::ErrorKind::InvalidInput);
+        let length =
+            usize::try_from(range.end.saturating_sub(range.start)).map_err(|_| invalid(()))?;
+        self.mapping
+            .get_slice(MemoryRegionAddress(range.start), length)
+            .map_err(|_| invalid(()))
+    }
+}
+
+/// Memory that the guest may write to at any time.
+pub(crate) type Contents<'m> = VolatileSlice<'m, BS<'m, AtomicBitmap>>;
 
 impl HostMemory for RamRegion {
     fn address(&self) -> *mut u8 {
@@ -311,6 +330,10 @@ fn inherited_file(size: u64, file: Option<OwnedFd>) -> Result<File, MemoryError>
     }
 }
 
+/// What a bit of the RAM's own bitmap stands for, in bytes. This process writes little to RAM, here and there, but while
+/// the VM stands still all bits are looked at.
+const MARKED: NonZero<usize> = NonZero::new(64 << 10).unwrap();
+
 fn region(
     start: u64,
     size: u64,
@@ -326,7 +349,7 @@ fn region(
         flags |= libc::MAP_NORESERVE;
     }
     let length = usize::try_from(size).map_err(|_| MemoryError::Layout)?;
-    let mapping = MmapRegionBuilder::new_with_bitmap(length, AtomicBitmap::with_len(length))
+    let mapping = MmapRegionBuilder::new_with_bitmap(length, AtomicBitmap::new(length, MARKED))
         .with_file_offset(FileOffset::new(file, 0))
         .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
         .with_mmap_flags(flags)

@@ -27,11 +27,11 @@
 pub(crate) enum Source {
     /// It has the VM, running or paused, and sends it.
     Sending,
-    /// It has sent *commit* and waits for the answer.
+    /// It sends *commit*, after which the VM must not run, and waits for the answer.
     Committing,
     /// It has no answer: the VM stays paused until there is one.
     InDoubt,
-    /// It has the VM as before. The migration is over.
+    /// It has the VM as before, whose devices and vCPUs go on. The migration is over.
     Kept,
     /// The destination has the VM. The migration is over, and so is this copy.
     Gone,
@@ -52,32 +52,18 @@ pub(crate) enum SourceInput {
     Forced,
 }
 
-/// What is to be done.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub(crate) enum SourceAction {
-    /// Nothing.
-    None,
-    /// Send *commit*. From now on the VM must not run.
-    SendCommit,
-    /// Let the devices and the vCPUs run again.
-    Resume,
-    /// End this copy.
-    Discard,
-}
-
 impl Source {
     /// Goes on to where `input` leads.
-    pub(crate) fn on(self, input: SourceInput) -> (Self, SourceAction) {
+    pub(crate) fn on(self, input: SourceInput) -> Self {
         use SourceInput::{Committed, Failed, Forced, Prepared, Refused};
         match (self, input) {
-            (Self::Sending, Prepared) => (Self::Committing, SourceAction::SendCommit),
-            (Self::Sending, Failed | Refused) => (Self::Kept, SourceAction::Resume),
-            (Self::Committing, Failed) => (Self::InDoubt, SourceAction::None),
-            (Self::Committing | Self::InDoubt, Committed) => (Self::Gone, SourceAction::Discard),
-            (Self::Committing | Self::InDoubt, Refused) => (Self::Kept, SourceAction::Resume),
-            (Self::InDoubt, Forced) => (Self::Kept, SourceAction::Resume),
+            (Self::Sending, Prepared) => Self::Committing,
+            (Self::Sending, Failed | Refused) => Self::Kept,
+            (Self::Committing, Failed) => Self::InDoubt,
+            (Self::Committing | Self::InDoubt, Committed) => Self::Gone,
+            (Self::Committing | Self::InDoubt, Refused) | (Self::InDoubt, Forced) => Self::Kept,
             // Said twice, too late, or without sense.
-            (state, _) => (state, SourceAction::None),
+            (state, _) => state,
         }
     }
 }

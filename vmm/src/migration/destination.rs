@@ -28,8 +28,8 @@ const TICK: Duration = Duration::from_millis(100);
 const CONNECTIONS: Duration = Duration::from_secs(30);
 /// The most of them.
 const MAX_CONNECTIONS: u8 = 16;
-/// How much is read to have the head of a frame, in bytes.
-const HEADS: usize = 4096;
+/// How much is read to have the head of a frame, and small frames with it, in bytes.
+const HEADS: usize = 16 << 10;
 /// How long a source that has been told that the VM runs here may take to say that it has heard.
 const FAREWELL: Duration = Duration::from_secs(2);
 

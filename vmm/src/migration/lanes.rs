@@ -1,30 +1,31 @@
 //! The connections that guest RAM takes, at the source: one or more, and a stripe of RAM always takes the same.
 
-use std::io;
+use std::io::{self, Write};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::thread;
 
-use super::ram::{self, Buffer, Outgoing, Sent};
+use super::gather::Gather;
+use super::ram::{self, Outgoing, Sent};
 use super::stream::{ConnectError, Route, Stream};
 use super::wire::{self, Kind, MigrationId, Role};
 use crate::control::Task;
-use crate::machine::Machine;
+use crate::memory::Memory;
 use crate::memory::written::{Pages, WriteLog};
 
 /// The connections.
 #[derive(Debug)]
-pub(super) struct Lanes(Vec<Mutex<Lane>>);
+pub(super) struct Lanes<'m>(Vec<Mutex<Lane<'m>>>);
 
 #[derive(Debug)]
-struct Lane {
-    stream: Stream,
-    buffer: Buffer,
+struct Lane<'m> {
+    stream: Gather<Stream>,
+    /// All of RAM, of which each lane sends its stripes.
+    regions: Vec<Outgoing<'m>>,
 }
 
 /// Pages to be sent.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Load<'a> {
-    pub(super) machine: &'a Machine,
     pub(super) pages: &'a Pages,
     /// Whether the destination's RAM has nothing in it yet.
     pub(super) fresh: bool,
@@ -34,9 +35,10 @@ pub(super) struct Load<'a> {
     pub(super) limit: u64,
 }
 
-impl Lanes {
-    /// Opens so many.
+impl<'m> Lanes<'m> {
+    /// Opens so many for this RAM.
     pub(super) fn open(
+        memory: &'m Memory,
         route: &Route,
         id: MigrationId,
         count: u8,
@@ -46,8 +48,10 @@ impl Lanes {
             let mut stream = route.connect(task.cancel())?;
             wire::say_hello(&mut stream, Role::Memory, id)
                 .map_err(|source| route.failed(source))?;
-            let buffer = Buffer::new();
-            Ok(Mutex::new(Lane { stream, buffer }))
+            Ok(Mutex::new(Lane {
+                stream: Gather::new(stream),
+                regions: memory.regions().map(Outgoing::new).collect(),
+            }))
         };
         (0..count).map(open).collect::<Result<_, _>>().map(Self)
     }
@@ -79,11 +83,7 @@ impl Lanes {
         let Some(mut lane) = self.0.get(index).map(lock) else {
             return Ok(Sent::default());
         };
-        let Lane { stream, buffer } = &mut *lane;
-        let regions = load.machine.memory.regions();
-        let mut regions: Vec<_> = regions
-            .map(|region| Outgoing::new(region, load.fresh))
-            .collect();
+        let Lane { stream, regions } = &mut *lane;
         let mut all = Sent::default();
         for (number, stripe, words) in self.stripes_of(index, load.pages) {
             let Some(region) = regions.get_mut(number) else {
@@ -93,7 +93,7 @@ impl Lanes {
                 let first = usize::try_from(stripe).unwrap_or(usize::MAX) * words.len();
                 log.clear(number, first, &words).map_err(io::Error::other)?;
             }
-            let sent = region.send_stripe(stream, stripe, &words, buffer)?;
+            let sent = region.send_stripe(stream, stripe, &words, load.fresh)?;
             all = all + sent;
             task.update(|progress| {
                 progress.copied_bytes += sent.bytes();
@@ -104,6 +104,7 @@ impl Lanes {
                 break;
             }
         }
+        stream.flush()?;
         Ok(all)
     }
 
@@ -130,6 +131,6 @@ impl Lanes {
     }
 }
 
-fn lock(lane: &Mutex<Lane>) -> MutexGuard<'_, Lane> {
+fn lock<'l, 'm>(lane: &'l Mutex<Lane<'m>>) -> MutexGuard<'l, Lane<'m>> {
     lane.lock().unwrap_or_else(PoisonError::into_inner)
 }

@@ -9,6 +9,7 @@ mod brake;
 mod commit;
 mod destination;
 mod device_logs;
+mod gather;
 mod lanes;
 mod local;
 mod policy;

@@ -5,6 +5,9 @@ use std::time::Duration;
 /// How much slower vCPUs become at a time, and at most, in percent of their time.
 const SLOWER: u8 = 20;
 const SLOWEST: u8 = 80;
+/// How much slower the rest goes than the first round, at worst: neighbouring pages went together in that, while each of
+/// those that are written here and there costs what many cost there.
+const SCATTERED: u32 = 8;
 /// Rounds of which each leaves less than this of the one before are getting somewhere.
 const PROGRESS: f64 = 0.8;
 
@@ -84,9 +87,16 @@ impl Policy {
 
     /// What to do after a round.
     pub(super) fn decide(&mut self, round: &Round) -> Decision {
+        let is_first = self.bandwidth == 0.0;
         self.measure(round.sent, round.took);
         let left = round.dirty.saturating_add(round.devices);
-        if left == 0 || self.estimate(left) <= self.goal.downtime {
+        let estimate = self.estimate(left);
+        let at_worst = if is_first {
+            estimate.saturating_mul(SCATTERED)
+        } else {
+            estimate
+        };
+        if left == 0 || at_worst <= self.goal.downtime {
             return Decision::Switch;
         }
         if round.elapsed >= self.goal.timeout {
@@ -108,7 +118,7 @@ impl Policy {
 
     /// The link's speed, as the larger rounds tell it: a small one says more about latency.
     pub(super) fn measure(&mut self, sent: u64, took: Duration) {
-        const ENOUGH: u64 = 4 << 20;
+        const ENOUGH: u64 = 1 << 20;
         let seconds = took.as_secs_f64();
         if seconds > 0.0 && (sent >= ENOUGH || self.bandwidth == 0.0) {
             self.bandwidth = float(sent) / seconds;
@@ -145,18 +155,29 @@ mod tests {
 
     /// Migrates a VM of so many MiB that writes `rate` MiB of them in a second over a link of `bandwidth` MiB in a
     /// second. Returns the last decision, how slow the VM was in the end, and the seconds that it will stand still.
+    fn simulate(goal: Goal, ram: f64, rate: f64, bandwidth: f64) -> (Decision, u8, f64) {
+        simulate_scattered(goal, ram, rate, bandwidth, bandwidth)
+    }
+
+    /// The same, with another bandwidth for pages that are written here and there.
     #[expect(
         clippy::cast_possible_truncation,
         clippy::cast_sign_loss,
         clippy::cast_precision_loss,
         reason = "what it simulates are megabytes"
     )]
-    fn simulate(goal: Goal, ram: f64, rate: f64, bandwidth: f64) -> (Decision, u8, f64) {
+    fn simulate_scattered(
+        goal: Goal,
+        ram: f64,
+        rate: f64,
+        bandwidth: f64,
+        scattered: f64,
+    ) -> (Decision, u8, f64) {
         let mut policy = Policy::new(goal);
         let (mut dirty, mut slowed, mut elapsed) = (ram, 0, 0.0);
-        for _ in 0..10_000 {
+        for round in 0..10_000 {
             let sent = dirty;
-            let took = sent / bandwidth;
+            let took = sent / if round == 0 { bandwidth } else { scattered };
             elapsed += took;
             dirty = (rate * (100.0 - f64::from(slowed)) / 100.0 * took).min(ram);
             let bytes = |mib: f64| (mib * MIB as f64) as u64;
@@ -170,10 +191,19 @@ mod tests {
             match decision {
                 Decision::Again => {}
                 Decision::Slower(percent) => slowed = percent,
-                end => return (end, slowed, dirty / bandwidth),
+                end => return (end, slowed, dirty / scattered),
             }
         }
         panic!("it never ends");
+    }
+
+    #[test]
+    fn scattered_pages_do_not_outlast_the_downtime() {
+        for rate in [1.0, 5.0, 9.0, 50.0] {
+            let (decision, _, downtime) = simulate_scattered(GOAL, 512.0, rate, 1000.0, 130.0);
+            assert_eq!(decision, Decision::Switch);
+            assert!(downtime <= 0.1, "{rate}: {downtime}");
+        }
     }
 
     #[test]

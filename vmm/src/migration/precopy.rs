@@ -59,7 +59,7 @@ impl<'m> Tracking<'m> {
 /// still to be taken from `tracking`.
 pub(super) fn copy(
     tracking: &mut Tracking<'_>,
-    lanes: &Lanes,
+    lanes: &Lanes<'_>,
     devices: &mut Early<'_>,
     control: &mut Stream,
     request: &SendRequest,
@@ -88,7 +88,6 @@ pub(super) fn copy(
             progress.remaining_bytes = pages.count() * PAGE_SIZE;
         });
         let load = Load {
-            machine: tracking.machine,
             pages: &pages,
             fresh,
             log: Some(&tracking.written),
@@ -130,7 +129,7 @@ pub(super) fn copy(
 /// stands still. That takes as long as a part of it says, which is sent first.
 fn sample(
     tracking: &Tracking<'_>,
-    lanes: &Lanes,
+    lanes: &Lanes<'_>,
     policy: &mut Policy,
     request: &SendRequest,
     task: &Task,
@@ -138,7 +137,6 @@ fn sample(
     let pages = tracking.all();
     let began = Instant::now();
     let load = Load {
-        machine: tracking.machine,
         pages: &pages,
         fresh: true,
         log: None,

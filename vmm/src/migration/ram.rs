@@ -5,15 +5,17 @@
 use std::io::{self, Read, Write};
 use std::iter::Sum;
 use std::ops::{Add, Range};
-use std::os::unix::fs::FileExt;
 
+use vm_memory::bitmap::BitmapSlice;
+use vm_memory::{VolatileMemory, VolatileSlice, WriteVolatile};
 use zerocopy::{FromZeros, IntoBytes};
 
+use super::gather::{Gather, into_io};
 use super::wire::{self, BLOCK, Kind, PagesHeader, WireError};
 use crate::layout::PAGE_SIZE;
 use crate::memory::written::RegionPages;
 use crate::memory::{Memory, Region};
-use crate::sparse::{self, Extents};
+use crate::sparse::Extents;
 
 /// `PAGE_SIZE`, of memory.
 #[expect(clippy::cast_possible_truncation, reason = "it is small")]
@@ -91,91 +93,86 @@ pub(super) fn stripes(pages: &RegionPages) -> impl Iterator<Item = (u64, Words)>
 #[derive(Debug)]
 pub(super) struct Outgoing<'m> {
     region: Region<'m>,
-    /// Whether the destination's RAM has nothing in it yet.
-    fresh: bool,
     /// What is a hole now may be data soon. So only data is remembered.
     extents: Extents,
 }
 
 impl<'m> Outgoing<'m> {
-    pub(super) fn new(region: Region<'m>, fresh: bool) -> Self {
+    pub(super) fn new(region: Region<'m>) -> Self {
         Self {
             region,
-            fresh,
             extents: Extents::default(),
         }
     }
 
     /// Sends those pages of stripe number `stripe` whose bits are set. What is a hole is still as the destination has made
-    /// it, and so is what is zero if the destination's RAM is fresh: neither is mentioned.
+    /// it, and so is what is zero if the destination's RAM is `fresh`: neither is mentioned.
     pub(super) fn send_stripe(
         &mut self,
-        stream: &mut impl Write,
+        stream: &mut Gather<impl Write + WriteVolatile>,
         stripe: u64,
         words: &Words,
-        buffer: &mut Buffer,
+        fresh: bool,
     ) -> io::Result<Sent> {
         let blocks = (stripe * STRIPE_WORDS as u64..).zip(words);
         let wanted = blocks.filter(|(_, word)| **word != 0);
         wanted
-            .map(|(block, word)| self.send_block(stream, block, *word, buffer))
+            .map(|(block, word)| self.send_block(stream, block, *word, fresh))
             .sum()
     }
 
     fn send_block(
         &mut self,
-        stream: &mut impl Write,
+        stream: &mut Gather<impl Write + WriteVolatile>,
         block: u64,
         word: u64,
-        Buffer(buffer): &mut Buffer,
+        fresh: bool,
     ) -> io::Result<Sent> {
-        let Self {
-            region,
-            fresh,
-            extents,
-        } = self;
         let start = block * u64::from(BLOCK);
-        let mut header = PagesHeader::new_zeroed();
-        header.address.set(region.range.start + start);
-        let (mut data, mut zero) = (0, 0);
-        let mut length = 0;
+        let at = |pages: Range<u32>| start + bytes(pages.start)..start + bytes(pages.end);
+        let (mut data, mut zero) = (0_u64, 0_u64);
         for run in runs(word) {
-            let run = start + bytes(run.start)..start + bytes(run.end);
+            let run = at(run);
             let mut position = run.start;
-            while let Some(extent) = extents.next(region.file, position..run.end)? {
+            while let Some(extent) = self.extents.next(self.region.file, position..run.end)? {
                 position = extent.end;
-                let first = length;
-                let size = usize::try_from(extent.end - extent.start).unwrap_or(usize::MAX);
-                let Some(content) = buffer.get_mut(first..first + size) else {
-                    return Err(io::ErrorKind::InvalidInput.into());
-                };
-                region.file.read_exact_at(content, extent.start)?;
-                let pages = (extent.start - start) / PAGE_SIZE..;
-                for (page, at) in pages.zip((first..first + size).step_by(PAGE)) {
-                    let is_zero = buffer.get(at..at + PAGE).is_some_and(sparse::is_zero);
-                    if !is_zero {
-                        if at != length {
-                            buffer.copy_within(at..at + PAGE, length);
-                        }
-                        length += PAGE;
+                let first = (extent.start - start) / PAGE_SIZE;
+                let contents = self.region.contents(extent)?;
+                for (page, offset) in (first..).zip((0..contents.len()).step_by(PAGE)) {
+                    let content = contents.subslice(offset, PAGE).map_err(into_io)?;
+                    if !is_zero(&content) {
                         data |= 1 << page;
-                    } else if !*fresh {
+                    } else if !fresh {
                         zero |= 1 << page;
                     }
                 }
             }
         }
-        if data | zero != 0 {
-            header.data.set(data);
-            header.zero.set(zero);
-            let content = buffer.get(..length).unwrap_or_default();
-            wire::send(stream, Kind::Pages, &[header.as_bytes(), content])?;
-        }
-        Ok(Sent {
+        let sent = Sent {
             data: data.count_ones().into(),
             zero: zero.count_ones().into(),
-        })
+        };
+        if data | zero != 0 {
+            let pages = PagesHeader {
+                address: (self.region.range.start + start).into(),
+                data: data.into(),
+                zero: zero.into(),
+            };
+            let length = size_of_val(&pages) + data.count_ones() as usize * PAGE;
+            stream.write_all(wire::head(Kind::Pages, length)?.as_bytes())?;
+            stream.write_all(pages.as_bytes())?;
+            for run in runs(data) {
+                stream.write_memory(&self.region.contents(at(run))?)?;
+            }
+        }
+        Ok(sent)
     }
+}
+
+/// Whether a page is all zeroes, which it may cease to be at any time.
+fn is_zero<B: BitmapSlice>(page: &VolatileSlice<'_, B>) -> bool {
+    let words = page.get_array_ref::<u64>(0, page.len() / size_of::<u64>());
+    words.is_ok_and(|words| (0..words.len()).all(|index| words.load(index) == 0))
 }
 
 /// Receives what follows the head of a frame of pages, and writes it to RAM.
@@ -268,6 +265,8 @@ fn bytes(pages: u32) -> u64 {
 mod tests {
     use super::*;
 
+    use std::os::unix::fs::FileExt;
+
     use proptest::prelude::*;
 
     #[test]
@@ -323,13 +322,12 @@ mod tests {
             }
             let before = content(&to);
             let source = content(&from);
-            let mut wire = Vec::new();
-            let mut buffer = Buffer::new();
+            let mut wire = Gather::new(Vec::new());
+            let mut outgoing = Outgoing::new(region(&from));
             for (stripe, words) in (0..).zip(&words) {
-                let mut outgoing = Outgoing::new(region(&from), false);
-                outgoing.send_stripe(&mut wire, stripe, words, &mut buffer).unwrap();
+                outgoing.send_stripe(&mut wire, stripe, words, false).unwrap();
             }
-            receive(&wire, &to).unwrap();
+            receive(&wire.into_stream().unwrap(), &to).unwrap();
             for page in 0..2048_usize {
                 let wanted = words[page / 512][page % 512 / 64] >> (page % 64) & 1 != 0;
                 let model = &mut model[page * PAGE..(page + 1) * PAGE];
@@ -346,12 +344,11 @@ mod tests {
         region(&from).file.write_all_at(&[0; PAGE], 0).unwrap();
         region(&from).file.write_all_at(&[1; PAGE], 0x3000).unwrap();
         let words = &[u64::MAX; STRIPE_WORDS];
-        let mut buffer = Buffer::new();
-        let mut send = |stripe, fresh| {
-            let mut wire = Vec::new();
-            let mut outgoing = Outgoing::new(region(&from), fresh);
-            let sent = outgoing.send_stripe(&mut wire, stripe, words, &mut buffer);
-            (sent.unwrap(), wire.len())
+        let send = |stripe, fresh| {
+            let mut wire = Gather::new(Vec::new());
+            let mut outgoing = Outgoing::new(region(&from));
+            let sent = outgoing.send_stripe(&mut wire, stripe, words, fresh);
+            (sent.unwrap(), wire.into_stream().unwrap().len())
         };
         let (sent, _) = send(0, true);
         assert_eq!(sent, Sent { data: 1, zero: 0 });

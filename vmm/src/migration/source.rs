@@ -95,6 +95,22 @@ pub(crate) enum SendError {
     },
 }
 
+impl SendError {
+    /// Whether the destination has closed the connection on which something was sent.
+    fn is_hangup(&self) -> bool {
+        let (Self::Wire(WireError::Io(error))
+        | Self::Memory(error)
+        | Self::Device(DeviceDataError::Copy { source: error, .. })) = self
+        else {
+            return false;
+        };
+        matches!(
+            error.kind(),
+            io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset
+        )
+    }
+}
+
 /// What the source says first: what the VM is like, and how it comes.
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -146,16 +162,22 @@ pub(crate) fn send(
     let mut control = route.connect(task.cancel())?;
     let greeted = wire::say_hello(&mut control, Role::Control, id);
     greeted.map_err(WireError::from)?;
-    let sent = if request.local {
+    let mut sent = if request.local {
         local::hand_over(machine, request, task, &route, id, &mut control)
     } else {
         offer(&mut control, machine, request)
             .and_then(|()| transfer(machine, request, task, &route, id, &mut control))
     };
-    if let Err(error) = &sent {
+    if let Err(error) = &mut sent {
         // It may have gone long since.
         control.ignore_cancel();
         control.set_patience(Some(FAREWELL));
+        // If so, it may have said why before, while nobody listened.
+        if error.is_hangup()
+            && let Err(WireError::Refused(reason)) = wire::receive(&mut control)
+        {
+            *error = SendError::Refused(reason);
+        }
         let _ = wire::refuse(&mut control, error);
         if let SendError::Unprepared(_) = error {
             // It may be in doubt, and is not any more if it is asked. If it cannot be, its user has to say so there.
@@ -204,7 +226,7 @@ fn transfer(
     id: MigrationId,
     control: &mut Stream,
 ) -> Result<Departed, SendError> {
-    let lanes = Lanes::open(route, id, request.connections, task)?;
+    let lanes = Lanes::open(&machine.memory, route, id, request.connections, task)?;
     task.enter(Phase::Precopy);
     let mut early = Early::start(machine)?;
     let mut tracking = Tracking::start(machine)?;
@@ -274,14 +296,13 @@ pub(super) fn conclude(
 fn send_rest(
     frozen: &Frozen<'_>,
     pages: &Pages,
-    lanes: &Lanes,
+    lanes: &Lanes<'_>,
     control: &mut Stream,
     runs: bool,
     task: &Task,
 ) -> Result<(), SendError> {
     let machine = frozen.machine();
     let load = Load {
-        machine,
         pages,
         fresh: false,
         log: None,
@@ -309,14 +330,14 @@ pub(super) fn commit(control: &mut Stream, route: &Route, id: MigrationId, task:
     task.enter(Phase::Committing);
     // From here on it is too late to cancel.
     control.ignore_cancel();
-    let (mut state, _) = Source::Sending.on(SourceInput::Prepared);
+    let mut state = Source::Sending.on(SourceInput::Prepared);
     let mut error = match order(control) {
         Ok(input) => {
-            (state, _) = state.on(input);
+            state = state.on(input);
             None
         }
         Err(error) => {
-            (state, _) = state.on(SourceInput::Failed);
+            state = state.on(SourceInput::Failed);
             Some(error)
         }
     };
@@ -324,7 +345,7 @@ pub(super) fn commit(control: &mut Stream, route: &Route, id: MigrationId, task:
     if state == Source::InDoubt
         && let Ok(input) = ask(route, id, task)
     {
-        (state, _) = state.on(input);
+        state = state.on(input);
     }
     while state == Source::InDoubt {
         if let Some(error) = error.take() {
@@ -337,7 +358,7 @@ pub(super) fn commit(control: &mut Stream, route: &Route, id: MigrationId, task:
             Order::Abandon => break,
             Order::Wait => {
                 if let Ok(input) = ask(route, id, task) {
-                    (state, _) = state.on(input);
+                    state = state.on(input);
                 }
             }
             Order::Resolve(resolution, reply) => {
@@ -349,7 +370,7 @@ pub(super) fn commit(control: &mut Stream, route: &Route, id: MigrationId, task:
                 };
                 match input {
                     Ok(input) => {
-                        (state, _) = state.on(input);
+                        state = state.on(input);
                         reply.send(Ok(()));
                     }
                     Err(error) => reply.send(Err(ControlError::failed(

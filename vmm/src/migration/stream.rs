@@ -12,7 +12,10 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use rustix::net::sockopt;
+use vm_memory::bitmap::BitmapSlice;
+use vm_memory::{VolatileMemoryError, VolatileSlice, WriteVolatile};
 
+use super::gather::into_io;
 use super::tls::{self, TlsError};
 use crate::control::{Cancel, MigrationUrl};
 use crate::private_socket::{PrivateSocket, SocketError};
@@ -362,6 +365,32 @@ impl Write for Stream {
             Socket::TlsClient(stream) => stream.flush(),
             Socket::TlsServer(stream) => stream.flush(),
         })
+    }
+}
+
+impl WriteVolatile for Stream {
+    fn write_volatile<B: BitmapSlice>(
+        &mut self,
+        memory: &VolatileSlice<'_, B>,
+    ) -> Result<usize, VolatileMemoryError> {
+        /// What is enciphered is copied first, this much at a time: the four largest records of TLS.
+        const COPIED: usize = 64 << 10;
+        let sent = match &self.socket {
+            Socket::Tcp(_) | Socket::Unix(_) => self.wait(|socket| {
+                let sent = match socket {
+                    Socket::Tcp(stream) => stream.write_volatile(memory),
+                    Socket::Unix(stream) => stream.write_volatile(memory),
+                    Socket::TlsClient(_) | Socket::TlsServer(_) => Ok(0),
+                };
+                sent.map_err(into_io)
+            }),
+            Socket::TlsClient(_) | Socket::TlsServer(_) => {
+                let mut copy = vec![0; memory.len().min(COPIED)];
+                memory.copy_to(&mut copy);
+                self.write(&copy)
+            }
+        };
+        sent.map_err(VolatileMemoryError::IOError)
     }
 }
 

@@ -250,19 +250,23 @@ struct FrameHeader {
 
 /// Sends a frame that consists of these parts.
 pub(super) fn send(stream: &mut impl Write, kind: Kind, parts: &[&[u8]]) -> io::Result<()> {
-    let length: usize = parts.iter().map(|part| part.len()).sum();
-    let length = u32::try_from(length)
-        .ok()
-        .filter(|length| *length <= kind.limit())
-        .ok_or_else(|| io::Error::new(io::ErrorKind::InvalidInput, "the frame is too long"))?;
-    let header = FrameHeader {
-        kind: U32::new(kind as u32),
-        length: length.into(),
-    };
+    let header = head(kind, parts.iter().map(|part| part.len()).sum())?;
     let mut slices = vec![IoSlice::new(header.as_bytes())];
     slices.extend(parts.iter().map(|part| IoSlice::new(part)));
     write_all(stream, &mut slices)?;
     stream.flush()
+}
+
+/// The head of a frame of which so many bytes follow.
+pub(super) fn head(kind: Kind, length: usize) -> io::Result<impl IntoBytes + Immutable> {
+    let length = u32::try_from(length)
+        .ok()
+        .filter(|length| *length <= kind.limit())
+        .ok_or_else(|| io::Error::new(io::ErrorKind::InvalidInput, "the frame is too long"))?;
+    Ok(FrameHeader {
+        kind: U32::new(kind as u32),
+        length: length.into(),
+    })
 }
 
 /// Writes all of several slices, as one piece if they are short.

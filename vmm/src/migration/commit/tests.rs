@@ -194,17 +194,19 @@ impl World {
     }
 
     fn source_does(&mut self, input: SourceInput) {
-        let Some(source) = self.source else { return };
-        let (source, action) = source.on(input);
+        let Some(before) = self.source else { return };
+        let source = before.on(input);
         self.source = Some(source);
-        match action {
-            SourceAction::SendCommit => self.send_to_destination(Message::Commit),
+        match source {
+            Source::Committing if before == Source::Sending => {
+                self.send_to_destination(Message::Commit);
+            }
             // It closes the connection, and what it has sent arrives before that.
-            SourceAction::Resume | SourceAction::Discard => {
+            Source::Kept | Source::Gone => {
                 self.cut_to_destination(usize::MAX);
                 self.is_cut = true;
             }
-            SourceAction::None => {}
+            Source::Sending | Source::Committing | Source::InDoubt => {}
         }
     }
 
@@ -319,10 +321,7 @@ fn nothing_waits_for_ever() {
 #[test]
 fn a_source_that_has_not_committed_keeps_the_vm() {
     for input in [SourceInput::Failed, SourceInput::Refused] {
-        assert_eq!(
-            Source::Sending.on(input),
-            (Source::Kept, SourceAction::Resume)
-        );
+        assert_eq!(Source::Sending.on(input), Source::Kept);
     }
 }
 
