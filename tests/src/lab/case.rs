@@ -152,7 +152,12 @@ impl<'a> Case<'a> {
 
     /// Outrigger, without arguments.
     pub fn outrigger(&self) -> Command {
-        Process::command(&self.programs.join("outrigger"))
+        Process::command(&self.program("outrigger"))
+    }
+
+    /// Where a program is that was built with this one.
+    pub fn program(&self, name: &str) -> PathBuf {
+        self.programs.join(name)
     }
 
     /// Outrigger as [`NOBODY`], who may not even be allowed to look into the checkout, but can read the case's folder.
@@ -163,7 +168,7 @@ impl<'a> Case<'a> {
         let program = self.path("outrigger");
         if !program.exists() {
             fs::set_permissions(self.folder.path(), Permissions::from_mode(0o755))?;
-            fs::copy(self.programs.join("outrigger"), &program)?;
+            fs::copy(self.program("outrigger"), &program)?;
         }
         let mut command = Process::command(&program);
         command.uid(NOBODY);

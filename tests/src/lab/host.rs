@@ -214,7 +214,8 @@ pub fn load(module: &str) -> Result<()> {
 /// # Errors
 /// When it does not.
 pub fn run(program: &str, words: &[&str]) -> Result<()> {
-    let output = Command::new(program).args(words).output()?;
+    let output = Command::new(program).args(words).output();
+    let output = output.with_context(|| format!("cannot run {program}"))?;
     ensure!(
         output.status.success(),
         "{program} {}: {}",

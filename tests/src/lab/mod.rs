@@ -4,6 +4,7 @@
 mod case;
 mod cost;
 mod counters;
+mod heartbeat;
 mod host;
 mod kernel_log;
 mod lan;
@@ -14,6 +15,7 @@ mod report;
 mod servers;
 mod suite;
 mod tap;
+mod threads;
 
 pub use self::case::{BOOT, Case, Images, NOBODY, SOON, user_device};
 pub use self::cost::{Cost, Counts, Meter};

@@ -11,6 +11,8 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, anyhow, bail};
 use rustix::process::{Pid, Signal, kill_process};
 
+use super::threads;
+
 /// A program, what it says, and how it ends. It is killed when this is dropped.
 #[derive(Debug)]
 pub struct Process {
@@ -247,7 +249,12 @@ impl Process {
                 self.take(event);
                 Ok(())
             }
-            Err(RecvTimeoutError::Timeout) => Err(anyhow!("the deadline has passed")),
+            Err(RecvTimeoutError::Timeout) => {
+                if !patience.is_zero() {
+                    threads::print();
+                }
+                Err(anyhow!("the deadline has passed"))
+            }
             Err(RecvTimeoutError::Disconnected) => Err(anyhow!("nobody listens to it")),
         }
     }

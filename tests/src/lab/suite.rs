@@ -3,12 +3,16 @@
 use std::ffi::OsStr;
 use std::fs;
 use std::process::ExitCode;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use anyhow::Result;
 
+use super::heartbeat::Heartbeat;
 use super::kernel_log::KernelLog;
 use super::{Case, Images};
+
+/// Who could not run for so long in the lab has missed deadlines through no fault of its own.
+const STANDSTILL: Duration = Duration::from_secs(10);
 
 /// The score of a run.
 #[derive(Debug)]
@@ -35,18 +39,28 @@ impl Suite {
         }
     }
 
-    /// Runs a case and prints how it went.
-    pub fn run(&mut self, name: &str, case: impl FnOnce(&mut Case<'_>) -> Result<()>) {
+    /// Runs a case and prints how it went. One that fails while the lab itself stands still is run once more: what is wrong
+    /// with a program, or with how it uses the lab's kernel, is so again then.
+    pub fn run(&mut self, name: &str, case: impl Fn(&mut Case<'_>) -> Result<()>) {
         if !self.selection.is_empty() && !self.selection.iter().any(|part| name.contains(part)) {
             self.skipped += 1;
             return;
         }
-        let start = Instant::now();
-        let result = self.try_run(name, case);
+        let (result, standstill) = self.try_run(name, &case);
+        let result = match result {
+            Err(error) if standstill > STANDSTILL => {
+                println!(
+                    "AGAIN {name}: the lab stood still for {standstill:.0?}, and so: {error:#}"
+                );
+                self.show_logs(name);
+                self.try_run(name, &case).0
+            }
+            result => result,
+        };
         match result {
-            Ok(()) => {
+            Ok(took) => {
                 self.passed += 1;
-                println!("ok {name} ({:.1} s)", start.elapsed().as_secs_f64());
+                println!("ok {name} ({:.1} s)", took.as_secs_f64());
             }
             Err(error) => {
                 self.failed += 1;
@@ -56,10 +70,29 @@ impl Suite {
         }
     }
 
-    /// Runs a case, during which the lab's kernel may not complain.
-    fn try_run(&self, name: &str, case: impl FnOnce(&mut Case<'_>) -> Result<()>) -> Result<()> {
-        let log = KernelLog::from_now()?;
-        case(&mut Case::new(name, &self.images, self.seed)?)?;
+    /// Runs a case, during which the lab's kernel may not complain. Says how long that took, and for how long nothing could
+    /// run in the lab.
+    fn try_run(
+        &self,
+        name: &str,
+        case: &impl Fn(&mut Case<'_>) -> Result<()>,
+    ) -> (Result<Duration>, Duration) {
+        let start = Instant::now();
+        let heartbeat = Heartbeat::start();
+        let result = self.try_watched(name, case);
+        (result.map(|()| start.elapsed()), heartbeat.stop())
+    }
+
+    /// Runs it, and prints what the kernel said of late if it fails.
+    fn try_watched(&self, name: &str, case: &impl Fn(&mut Case<'_>) -> Result<()>) -> Result<()> {
+        let mut log = KernelLog::from_now()?;
+        let result = case(&mut Case::new(name, &self.images, self.seed)?);
+        if result.is_err() {
+            let said = log.read()?;
+            let last = said.iter().skip(said.len().saturating_sub(10));
+            last.for_each(|line| println!("  # {line}"));
+        }
+        result?;
         log.has_no_complaints()
     }
 

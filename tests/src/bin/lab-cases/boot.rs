@@ -10,6 +10,7 @@ use tests::lab::{BOOT, Case, Exit, Process, Report, SOON, user_device};
 pub(crate) fn linux_6_12(case: &mut Case<'_>) -> Result<()> {
     let device = case.device()?;
     let mut command = case.linux("6.12", "");
+    command.args(["--cpus", "boot=1,nested=off"]);
     let mut vm = case.start(command.arg("--user-device").arg(user_device(&device)))?;
     let report = Report::wait(&mut vm, BOOT)?;
     let exit = power_off(&mut vm)?;
@@ -19,6 +20,7 @@ pub(crate) fn linux_6_12(case: &mut Case<'_>) -> Result<()> {
     report.devices_are_well(1)?;
     ensure!(report.fact("kernel")?.starts_with("6.12."));
     ensure!(report.number("cpus")? == 1);
+    ensure!(report.number("nested")? == 0, "the guest could run VMs");
     ensure!(
         (440 << 10..512 << 10).contains(&report.number("memory-kib")?),
         "not 512 MiB of memory"
@@ -56,6 +58,7 @@ pub(crate) fn linux_6_1_huge_pages(case: &mut Case<'_>) -> Result<()> {
     report.devices_are_well(1)?;
     ensure!(report.fact("kernel")?.starts_with("6.1."));
     ensure!(report.number("cpus")? == 2);
+    ensure!(report.number("nested")? == 1, "the guest could not run VMs");
     let free = memory
         .lines()
         .find_map(|line| line.strip_prefix("HugePages_Free:"));

@@ -12,7 +12,7 @@ pub(crate) fn all(case: &mut Case<'_>) -> Result<()> {
     let jumbo = Tap::make("jumbo", 1, &["multi_queue"])?;
     jumbo.set_mtu(9000)?;
 
-    let checks = "card-facts,card-ping,card-bulk,card-queues";
+    let checks = "card-facts,card-ping,card-bulk,card-datagrams,card-queues";
     let mut command = case.linux(
         "6.12",
         &format!("outrigger.checks={checks} outrigger.end=cards"),
