@@ -6,6 +6,7 @@
 pub mod ledger;
 pub mod offload;
 pub mod stream;
+pub mod transfer;
 
 use core::ops::Range;
 

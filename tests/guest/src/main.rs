@@ -5,11 +5,12 @@
 //! * the same for devices that the host has given to the guest, with the device's address for `N`;
 //! * `GUEST DONE`, the last line.
 //!
-//! With the argument `work` or `load` it does what [`work`] or [`load`] says instead; with `disks`, `cards` and `counted`, what the modules
-//! of these names in [`virtio`] say.
+//! With the argument `work`, `load` or `bench` it does what [`work`], [`load`] or [`bench`] says instead; with `disks`,
+//! `cards` and `counted`, what the modules of these names in [`virtio`] say. With `first-word` it is a guest's first program.
 //!
 //! `outrigger.checks=a,b` on the kernel command line selects checks; without it all of them run.
 
+mod bench;
 mod checks;
 mod dma;
 mod interrupts;
@@ -32,6 +33,8 @@ fn main() -> Result<()> {
         Some("load") => return load::until_button(),
         Some("disks") => return virtio::disks::until_button(),
         Some("cards") => return virtio::cards::until_button(),
+        Some("bench") => return bench::all(),
+        Some("first-word") => bench::first_word(),
         Some("counted") => return virtio::counted::all(),
         _ => {}
     }
@@ -77,6 +80,11 @@ fn facts() -> Result<()> {
         fs::read_to_string("/proc/sys/kernel/osrelease")?.trim()
     );
     println!("FACT cpus {}", interrupts::cpus()?.len());
+    let cpus = fs::read_to_string("/proc/cpuinfo")?;
+    let can_nest = cpus
+        .split_whitespace()
+        .any(|flag| ["vmx", "svm"].contains(&flag));
+    println!("FACT nested {}", u8::from(can_nest));
     let memory = fs::read_to_string("/proc/meminfo")?;
     println!(
         "FACT memory-kib {}",

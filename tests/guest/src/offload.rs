@@ -4,9 +4,10 @@
     reason = "the kernel is given the address of what it is asked"
 )]
 
-use std::ffi::c_void;
+use std::ffi::{c_int, c_void};
 use std::io;
 use std::net::{Ipv4Addr, UdpSocket};
+use std::os::fd::AsRawFd;
 use std::ptr;
 
 use rustix::ioctl::{Opcode, Updater, ioctl};
@@ -23,6 +24,30 @@ pub enum Offload {
     Segmentation = 0x1f,
     /// Splitting what the card cannot split, late.
     GenericSegmentation = 0x24,
+}
+
+/// Has a socket send what it is given at once as datagrams of this size, the last one smaller. A card that can splits them.
+///
+/// # Errors
+/// When the kernel does not.
+pub fn split_datagrams(socket: &UdpSocket, size: u16) -> io::Result<()> {
+    let size = c_int::from(size);
+    let length = libc::socklen_t::try_from(size_of_val(&size)).map_err(io::Error::other)?;
+    let value = ptr::from_ref(&size).cast();
+    // SAFETY: the option is an int, which outlives the call.
+    let result = unsafe {
+        libc::setsockopt(
+            socket.as_raw_fd(),
+            libc::SOL_UDP,
+            libc::UDP_SEGMENT,
+            value,
+            length,
+        )
+    };
+    match result {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
 }
 
 /// `SIOCETHTOOL` of `linux/sockios.h`.

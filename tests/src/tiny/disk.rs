@@ -2,8 +2,7 @@
 
 use iced_x86::IcedError;
 use iced_x86::code_asm::{
-    CodeLabel, al, ax, bl, bx, byte_ptr, cx, di, dword_ptr, dx, eax, ebp, ebx, ecx, edi, edx, esi,
-    word_ptr,
+    CodeLabel, al, ax, bl, cx, dword_ptr, dx, eax, ebp, ebx, ecx, edi, edx, esi, word_ptr,
 };
 use tempfile::NamedTempFile;
 
@@ -26,7 +25,7 @@ pub struct Job {
     pub length: u32,
     /// How many there are at a time: 32 at most, in 32 MiB of memory.
     pub depth: u16,
-    /// How many there are in all.
+    /// How many there are in all: at least as many as at a time, and in whole halves of them.
     pub requests: u32,
     /// Whether they go anywhere, or one behind the other.
     pub random: bool,
@@ -36,16 +35,20 @@ pub struct Job {
     pub size: u64,
 }
 
-// What there is for each chain: a header, a table of descriptors, a status and a buffer.
+// What there is for each chain: a header, a table of descriptors and a buffer.
 const HEADERS: u32 = 0x41_0000;
+/// The sector in a header: its lower half, which is enough. In the upper byte of that is the status: when a request has
+/// failed, those that come after it with the same chain fail, too, since there is no such sector. So it is enough to look
+/// at the last one.
+const POSITIONS: u32 = HEADERS + 8;
+const STATUS: u32 = 0xff00_0000;
 const TABLES: u32 = 0x42_0000;
-const STATUSES: u32 = 0x43_0000;
 const BUFFERS: u32 = 0x80_0000;
 /// What is in a checked buffer between its first and its last word.
 const PATTERN: u32 = 0x60_0000;
 
-/// The index of the available ring when the device was last told of it.
-const TOLD: u32 = SCRATCH + 0x940;
+/// How many requests are still to be made.
+const TO_MAKE: u32 = SCRATCH + 0x940;
 /// The index of the used ring when the job is done.
 const DONE: u32 = SCRATCH + 0x944;
 
@@ -56,6 +59,10 @@ const INDIRECT: u32 = 4;
 const NUMBER: u32 = 16;
 
 const SECTOR: u32 = 512;
+/// How many requests a random one is away from the one before: an odd number, and far (2^32 by the golden ratio).
+const FAR: u32 = 0x9e37_79b1;
+/// Sectors of a part of the image: as many as 16 bits can count.
+const PART: u32 = 1 << 16;
 
 /// A guest that does these jobs, one after the other, and then waits for ever. It needs 64 MiB of memory.
 ///
@@ -122,8 +129,7 @@ pub fn endless_disk_guest_beside(
 /// Nothing has been made available or used yet.
 fn begin(code: &mut Code) -> Result<(), IcedError> {
     code.sub(eax, eax)?;
-    code.sub(ebx, ebx)?;
-    code.store(TOLD, 0)
+    code.sub(ebx, ebx)
 }
 
 fn run(code: &mut Code, jobs: &[Job], fails: CodeLabel) -> Result<(), IcedError> {
@@ -143,9 +149,17 @@ fn end(code: &mut Code, mut fails: CodeLabel) -> Result<(), IcedError> {
 }
 
 /// The registers while a job runs: EAX is the index of the used ring up to which the driver has looked, EBX the index
-/// of the available ring, EDI that of the used ring, EBP the number of requests that have not been made yet, and ESI
-/// what tells the next position.
+/// of the available ring, ESI the sector of the next request, and EBP has bits set if a request has failed.
+///
+/// A request takes few instructions, so that it is the disk that is measured and not the CPU, also where KVM emulates each
+/// of them in half a microsecond. That is why the driver deals with requests in groups, whose places in the rings are in
+/// the code, and why everything of a chain is where its number says.
 impl Job {
+    /// How many requests the driver waits for and makes at a time: half of those that there are.
+    fn group(&self) -> u32 {
+        u32::from(self.depth / 2).max(1)
+    }
+
     /// Writes everything into the chains that stays as it is, and lets nothing be left in the buffers.
     fn prepare(&self, code: &mut Code) -> Result<(), IcedError> {
         let (kind, to_data) = if self.writes { (1, 0) } else { (0, WRITE) };
@@ -154,20 +168,19 @@ impl Job {
             let table = TABLES + 64 * chain;
             let data = BUFFERS + self.length * chain;
             for (address, words) in [
-                (header, [kind, 0, 0, 0]),
+                (header, [kind, 0, self.first_position(chain), 0]),
                 (table, [header, 0, 16, NEXT | 1 << NUMBER]),
                 (
                     table + 16,
                     [data, 0, self.length, NEXT | to_data | 2 << NUMBER],
                 ),
-                (table + 32, [STATUSES + chain, 0, 1, WRITE]),
-                (DESCRIPTORS + 16 * chain, [table, 0, 48, INDIRECT]),
+                (table + 32, [header + 8 + 3, 0, 1, WRITE]),
+                (DESCRIPTORS + 32 * chain, [table, 0, 48, INDIRECT]),
             ] {
                 for (word, value) in (address..).step_by(4).zip(words) {
                     code.store(word, value)?;
                 }
             }
-            code.mov(byte_ptr(STATUSES + chain), 0xff)?;
         }
         if self.checked {
             self.fill(code)?;
@@ -202,40 +215,39 @@ impl Job {
     }
 
     fn run(&self, code: &mut Code, fails: CodeLabel) -> Result<(), IcedError> {
-        let [mut begin, mut look, mut next, mut wait, mut over] =
+        let [mut begin, mut look, mut wait, mut last, mut over] =
             std::array::from_fn(|_| code.create_label());
+        let group = self.group().cast_signed();
         // The call leaves the address of what follows it.
         code.call(begin)?;
 
         code.set_label(&mut look)?;
-        code.mov(edi, dword_ptr(USED))?;
-        code.shr(edi, 16)?;
-        code.cmp(di, ax)?;
-        code.je(wait)?;
+        code.movzx(ecx, word_ptr(USED + 2))?;
+        code.sub(cx, ax)?;
+        code.cmp(cx, group)?;
+        code.jb(wait)?;
+        code.sub(dword_ptr(TO_MAKE), group)?;
+        code.js(last)?;
+        self.take(code, fails, true)?;
+        self.tell_device(code, self.group(), look)?;
 
-        code.set_label(&mut next)?;
-        code.movzx(edx, al)?;
-        code.mov(edx, dword_ptr(USED + 4 + edx * 8))?;
-        code.inc(eax)?;
-        code.cmp(byte_ptr(STATUSES + edx), 0)?;
-        code.jne(fails)?;
-        if self.checked {
-            self.check(code, fails)?;
-        }
-        self.make_request(code)?;
-        code.cmp(di, ax)?;
-        code.jne(next)?;
-        tell_device(code)?;
+        // There are no more to be made.
+        code.set_label(&mut last)?;
+        self.take(code, fails, false)?;
+        code.test(ebp, STATUS.cast_signed())?;
+        code.jnz(fails)?;
         code.cmp(eax, dword_ptr(DONE))?;
-        code.je(over)?;
-        code.jmp(look)?;
+        code.jne(look)?;
+        code.jmp(over)?;
 
         // With the interrupt that comes, the driver looks again.
         code.set_label(&mut wait)?;
-        code.mov(ecx, eax)?;
+        code.lea(ecx, dword_ptr(eax + (group - 1)))?;
         code.xchg(word_ptr(USED_EVENT), cx)?;
-        code.cmp(word_ptr(USED + 2), ax)?;
-        code.jne(look)?;
+        code.movzx(ecx, word_ptr(USED + 2))?;
+        code.sub(cx, ax)?;
+        code.cmp(cx, group)?;
+        code.jae(look)?;
         code.sti()?;
         code.halt()?;
 
@@ -243,17 +255,19 @@ impl Job {
         code.pop(dword_ptr(RESUME))?;
         code.lea(ecx, dword_ptr(eax + self.requests.cast_signed()))?;
         code.mov(dword_ptr(DONE), ecx)?;
-        code.mov(ebp, self.requests)?;
+        code.store(TO_MAKE, self.requests - u32::from(self.depth))?;
+        code.sub(ebp, ebp)?;
         code.sub(esi, esi)?;
         code.push(eax)?;
         code.print(BEGIN)?;
         code.pop(eax)?;
         for chain in 0..u32::from(self.depth) {
-            code.mov(edx, chain)?;
-            self.make_request(code)?;
+            code.movzx(edi, bl)?;
+            code.mov(edx, 2 * chain)?;
+            self.make_request(code, 0)?;
+            code.inc(ebx)?;
         }
-        tell_device(code)?;
-        code.jmp(look)?;
+        self.tell_device(code, self.depth.into(), look)?;
 
         code.set_label(&mut over)?;
         code.push(eax)?;
@@ -261,45 +275,69 @@ impl Job {
         code.pop(eax)
     }
 
-    /// Makes one more request with the chain in EDX, if there are any left.
-    fn make_request(&self, code: &mut Code) -> Result<(), IcedError> {
-        let mut none = code.create_label();
-        code.test(ebp, ebp)?;
-        code.jz(none)?;
-        code.dec(ebp)?;
-        code.movzx(ecx, bl)?;
-        code.mov(word_ptr(AVAILABLE + 4 + ecx * 2), dx)?;
-        code.inc(ebx)?;
-        self.next_position(code)?;
+    /// Takes a group of requests that are done, and makes as many more if there are to be more.
+    fn take(&self, code: &mut Code, fails: CodeLabel, makes_more: bool) -> Result<(), IcedError> {
+        // A group ends where the ring does, or before.
+        code.movzx(ecx, al)?;
+        code.movzx(edi, bl)?;
+        for place in 0..self.group() {
+            code.mov(edx, dword_ptr(ecx * 8 + (USED + 4 + 8 * place)))?;
+            if !(makes_more && self.keeps_to_parts()) {
+                code.or(ebp, dword_ptr(edx * 8 + POSITIONS))?;
+            }
+            if self.checked {
+                self.check(code, fails)?;
+            }
+            if makes_more {
+                self.make_request(code, place)?;
+            }
+        }
+        let group = self.group().cast_signed();
+        if makes_more {
+            code.add(ebx, group)?;
+        }
+        code.add(eax, group)
+    }
+
+    /// Makes one more request with the chain whose number is in EDX, in this place of the group that begins at EDI in the
+    /// available ring.
+    fn make_request(&self, code: &mut Code, place: u32) -> Result<(), IcedError> {
         if self.checked && self.writes {
             let (first, last) = self.ends();
             code.push(edx)?;
-            code.shl(edx, self.length.ilog2())?;
-            code.mov(dword_ptr(edx + first), ecx)?;
-            code.mov(dword_ptr(edx + last), ecx)?;
+            code.shl(edx, self.length.ilog2() - 1)?;
+            code.mov(dword_ptr(edx + first), esi)?;
+            code.mov(dword_ptr(edx + last), esi)?;
             code.pop(edx)?;
         }
-        code.shl(edx, 4)?;
-        code.mov(dword_ptr(edx + HEADERS + 8), ecx)?;
-        code.set_label(&mut none)
+        code.mov(word_ptr(edi * 2 + (AVAILABLE + 4 + 2 * place)), dx)?;
+        self.next_position(code)
     }
 
-    /// Gives ECX the next sector.
+    /// Gives the request the next sector. All of the image is gone through before one comes again.
     fn next_position(&self, code: &mut Code) -> Result<(), IcedError> {
-        let requests = self.size / u64::from(self.length);
-        if self.random {
-            // A linear congruential generator, whose upper bits are the better ones.
-            code.imul_3(esi, esi, 1_664_525)?;
-            code.add(esi, 1_013_904_223)?;
-            code.mov(ecx, esi)?;
-            code.shr(ecx, 32 - requests.ilog2())?;
-        } else {
-            let mask = u32::try_from(requests - 1).unwrap_or(u32::MAX);
-            code.mov(ecx, esi)?;
-            code.and(ecx, mask.cast_signed())?;
-            code.inc(esi)?;
+        let sectors = self.length / SECTOR;
+        let step = if self.random { FAR } else { 1 };
+        let step = step.wrapping_mul(sectors);
+        if self.keeps_to_parts() {
+            return code.add(word_ptr(edx * 8 + POSITIONS), step & (PART - 1));
         }
-        code.shl(ecx, (self.length / SECTOR).ilog2())
+        let mask = u32::try_from(self.size / u64::from(SECTOR) - 1).unwrap_or(u32::MAX);
+        code.mov(dword_ptr(edx * 8 + POSITIONS), esi)?;
+        code.add(esi, step.cast_signed())?;
+        code.and(esi, mask.cast_signed())
+    }
+
+    /// Whether each chain keeps to a part of the image, which takes the fewest instructions. Together they go everywhere.
+    fn keeps_to_parts(&self) -> bool {
+        self.random && !self.checked && self.depth > 1
+    }
+
+    /// The first sector of a chain that keeps to a part. Two chains with the same part begin half of it apart.
+    fn first_position(&self, chain: u32) -> u32 {
+        let parts = u32::try_from(self.size / u64::from(SECTOR * PART)).unwrap_or(u32::MAX);
+        let parts = parts.max(1);
+        chain % parts * PART + chain / parts % 2 * (PART / 2)
     }
 
     /// Goes to `fails` if the buffer of the chain in EDX has not what belongs there, for a job that reads.
@@ -308,13 +346,12 @@ impl Job {
             return Ok(());
         }
         let (first, last) = self.ends();
-        for register in [edx, esi, edi] {
+        for register in [ecx, edx, esi, edi] {
             code.push(register)?;
         }
+        code.mov(ecx, dword_ptr(edx * 8 + POSITIONS))?;
         code.mov(edi, edx)?;
-        code.shl(edi, self.length.ilog2())?;
-        code.shl(edx, 4)?;
-        code.mov(ecx, dword_ptr(edx + HEADERS + 8))?;
+        code.shl(edi, self.length.ilog2() - 1)?;
         code.cmp(dword_ptr(edi + first), ecx)?;
         code.jne(fails)?;
         code.cmp(dword_ptr(edi + last), ecx)?;
@@ -324,7 +361,7 @@ impl Job {
         code.mov(ecx, self.length / 4 - 2)?;
         code.repe().cmpsd()?;
         code.jne(fails)?;
-        for register in [edi, esi, edx] {
+        for register in [edi, esi, edx, ecx] {
             code.pop(register)?;
         }
         Ok(())
@@ -334,23 +371,18 @@ impl Job {
     fn ends(&self) -> (u32, u32) {
         (BUFFERS, BUFFERS + self.length - 4)
     }
-}
 
-/// Lets the device see the requests that have been made, and rings its doorbell if it wants that for one of them
-/// (virtio 1.2, 2.7.7.2 and 2.7.10).
-fn tell_device(code: &mut Code) -> Result<(), IcedError> {
-    let mut done = code.create_label();
-    code.mov(ecx, ebx)?;
-    code.xchg(word_ptr(AVAILABLE + 2), cx)?;
-    code.mov(ecx, ebx)?;
-    code.sub(cx, word_ptr(AVAILABLE_EVENT))?;
-    code.dec(cx)?;
-    code.mov(edx, ebx)?;
-    code.sub(dx, word_ptr(TOLD))?;
-    code.mov(word_ptr(TOLD), bx)?;
-    code.cmp(cx, dx)?;
-    code.jae(done)?;
-    code.mov(ecx, dword_ptr(DOORBELL))?;
-    code.mov(word_ptr(ecx), 0)?;
-    code.set_label(&mut done)
+    /// Lets the device see so many requests that have been made, and rings its doorbell if it wants that for one of them
+    /// (virtio 1.2, 2.7.7.2 and 2.7.10). Then goes to `next`.
+    fn tell_device(&self, code: &mut Code, count: u32, next: CodeLabel) -> Result<(), IcedError> {
+        code.mov(ecx, ebx)?;
+        code.xchg(word_ptr(AVAILABLE + 2), cx)?;
+        code.lea(ecx, dword_ptr(ebx - 1))?;
+        code.sub(cx, word_ptr(AVAILABLE_EVENT))?;
+        code.cmp(cx, count.cast_signed())?;
+        code.jae(next)?;
+        code.mov(ecx, dword_ptr(DOORBELL))?;
+        code.mov(word_ptr(ecx), 0)?;
+        code.jmp(next)
+    }
 }

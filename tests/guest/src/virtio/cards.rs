@@ -1,5 +1,6 @@
 //! A network card, as Linux's driver has it. The host is at the other end, and has the first address of the card's network.
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::io::{self, ErrorKind};
 use std::net::{TcpStream, UdpSocket};
@@ -68,9 +69,9 @@ impl Card {
         Ok(text.trim().to_owned())
     }
 
-    /// Connects to the host.
-    pub(crate) fn connect(&self) -> Result<TcpStream> {
-        let stream = TcpStream::connect((self.addresses[1].as_str(), PORT))?;
+    /// Connects to a port of the host.
+    pub(crate) fn connect(&self, port: u16) -> Result<TcpStream> {
+        let stream = TcpStream::connect((self.addresses[1].as_str(), port))?;
         let patience = Some(Duration::from_secs(60));
         stream.set_read_timeout(patience)?;
         stream.set_write_timeout(patience)?;
@@ -153,7 +154,7 @@ pub(super) fn bulk(device: &Device) -> Result<()> {
                 };
                 let orders = (0..FLOWS).map(order);
                 let card = &card;
-                let flow = |order: Order| scope.spawn(move || order.carry_out(card.connect()?));
+                let flow = |order: Order| scope.spawn(move || order.carry_out(card.connect(PORT)?));
                 let flows: Vec<_> = orders.map(flow).collect();
                 flows
                     .into_iter()
@@ -165,6 +166,48 @@ pub(super) fn bulk(device: &Device) -> Result<()> {
     for offload in [Checksum, Pieces, Segmentation, GenericSegmentation] {
         offload::set(&card.name, offload, true).with_context(|| format!("{offload:?}"))?;
     }
+    Ok(())
+}
+
+/// Datagrams that are sent as one packet arrive as they are, whoever splits it.
+pub(super) fn datagrams(device: &Device) -> Result<()> {
+    const SIZE: u16 = 1200;
+    const ATTEMPTS: u32 = 5;
+    let card = Card::of(device)?;
+    let socket = UdpSocket::bind((card.addresses[0].as_str(), 0))?;
+    socket.connect((card.addresses[1].as_str(), PORT))?;
+    socket.set_read_timeout(Some(Duration::from_secs(2)))?;
+    offload::split_datagrams(&socket, SIZE)?;
+    let sent: Vec<_> = (0..20_u8)
+        .flat_map(|number| [number].repeat(SIZE.into()))
+        .chain([20; 7])
+        .collect();
+    let expected: BTreeSet<_> = sent.chunks(SIZE.into()).map(<[u8]>::to_vec).collect();
+    let mut received = BTreeSet::new();
+    for _ in 0..ATTEMPTS {
+        if received.len() == expected.len() {
+            break;
+        }
+        socket.send(&sent)?;
+        let mut answer = [0; 2048];
+        // Some may be lost, and then all are sent again.
+        while received.len() < expected.len() {
+            match socket.recv(&mut answer) {
+                Ok(length) => {
+                    let datagram = answer.get(..length).unwrap_or_default().to_vec();
+                    ensure!(
+                        expected.contains(&datagram),
+                        "{length} bytes that nobody sent"
+                    );
+                    received.insert(datagram);
+                }
+                Err(error) if is_timeout(&error) => break,
+                Err(error) => return Err(error).context("no answer"),
+            }
+        }
+    }
+    let (arrived, all) = (received.len(), expected.len());
+    ensure!(arrived == all, "{arrived} of {all} datagrams come back");
     Ok(())
 }
 

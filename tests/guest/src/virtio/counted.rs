@@ -10,7 +10,7 @@ use std::thread;
 
 use anyhow::{Context, Result, ensure};
 use guest::ledger::Chance;
-use guest::stream::Order;
+use guest::stream::{Order, PORT};
 
 use super::block::{Aligned, Block};
 use super::cards::Card;
@@ -50,7 +50,7 @@ pub(crate) fn all() -> Result<()> {
                 length: BULK,
                 is_upload,
             };
-            order.carry_out(card.connect()?).map(|()| BULK / PIECE)
+            order.carry_out(card.connect(PORT)?).map(|()| BULK / PIECE)
         })?;
     }
     ready("end")

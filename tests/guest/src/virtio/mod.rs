@@ -20,6 +20,7 @@ const ALL: &[Check] = &[
     check("card-facts", CARD, cards::facts),
     check("card-ping", CARD, cards::ping),
     check("card-bulk", CARD, cards::bulk),
+    check("card-datagrams", CARD, cards::datagrams),
     check("card-queues", CARD, cards::queues),
 ];
 

@@ -66,7 +66,8 @@ static KINDS: [Kind; 6] = [
     long("disk_write_1m_mib_s", "1 MiB sequential writes", true),
 ];
 
-const FASTER: &[Aim] = &[Aim::OfEachPeer(1.2)];
+/// What a disk that is kept busy should reach.
+pub(crate) const FASTER: &[Aim] = &[Aim::OfEachPeer(1.2)];
 
 const CPU: Definition = Definition {
     key: "disk_cpu_us",
@@ -98,7 +99,7 @@ const fn short(
             writes,
             length: 4096,
             depth,
-            requests: if depth == 1 { 20_000 } else { 40_000 },
+            requests: if depth == 1 { 20_000 } else { 80_000 },
             random: true,
             checked: false,
             size: SIZE,
@@ -179,29 +180,37 @@ fn run_both(
     let kernel = disk_guest(&[job])?;
     let guest = Guest::small(kernel.path(), &[]);
     let mut ours = bench.programs.outrigger(&guest);
-    let option = if direct { ",direct=on" } else { "" };
-    let disk = format!("path={}{option}", image.display());
-    ours.args(["--disk", &disk]);
+    add_disk("", &mut ours, image, direct);
     let mut turns = Turns::new(move || run(&mut ours, job.requests));
     if let Some(mut theirs) = bench.programs.qemu(&guest) {
-        let cache = if direct { "none" } else { "writeback" };
-        theirs.args(["-name", "disk,debug-threads=on"]);
-        theirs.args(["-object", "iothread,id=thread", "-drive"]);
-        theirs.arg(format!(
-            "if=none,id=disk,format=raw,aio=io_uring,cache={cache},file={}",
-            image.display()
-        ));
-        theirs.args([
-            "-device",
-            "virtio-blk-pci,disable-legacy=on,drive=disk,iothread=thread,num-queues=1,queue-size=256",
-        ]);
+        add_disk(QEMU, &mut theirs, image, direct);
         turns.peer(QEMU, move || run(&mut theirs, job.requests));
     }
     turns.take(bench.rounds(11))
 }
 
+/// Gives a program's guest a disk, with one queue and one thread for it.
+pub(crate) fn add_disk(name: &str, command: &mut Command, image: &Path, direct: bool) {
+    let image = image.display();
+    if name == QEMU {
+        let cache = if direct { "none" } else { "writeback" };
+        command.args(["-name", "disk,debug-threads=on"]);
+        command.args(["-object", "iothread,id=thread", "-drive"]);
+        command.arg(format!(
+            "if=none,id=disk,format=raw,aio=io_uring,cache={cache},file={image}"
+        ));
+        command.args([
+            "-device",
+            "virtio-blk-pci,disable-legacy=on,drive=disk,iothread=thread,num-queues=1,queue-size=256",
+        ]);
+    } else {
+        let option = if direct { ",direct=on" } else { "" };
+        command.args(["--disk", &format!("path={image}{option}")]);
+    }
+}
+
 /// An image without holes, beside this program: other folders may be in memory alone.
-fn image() -> anyhow::Result<NamedTempFile> {
+pub(crate) fn image() -> anyhow::Result<NamedTempFile> {
     let program = std::env::current_exe()?;
     let folder = program.parent().context("the program is nowhere")?;
     let mut file = NamedTempFile::new_in(folder)?;

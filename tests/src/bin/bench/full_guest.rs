@@ -1,4 +1,4 @@
-//! A guest all of whose memory is in use, and which shows all the time that it lives.
+//! A guest all of whose memory is in use.
 
 use iced_x86::IcedError;
 use iced_x86::code_asm::{dword_ptr, ebx, ecx};
@@ -9,16 +9,19 @@ use tests::tiny::{self, Code};
 pub(crate) const READY: u8 = b'R';
 const ALIVE: u8 = b'.';
 
-/// Whether the guest writes to memory all the time: to the next page of 64 MiB between one character and the next.
+/// What the guest does when all of its memory is in use.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Writes {
-    No,
-    Yes,
+pub(crate) enum Life {
+    /// Nothing: its vCPU is halted.
+    Idle,
+    /// It prints without a pause, so that everybody sees when it stands still.
+    Talking,
+    /// It also writes to memory: to the next page of 64 MiB between one character and the next.
+    Writing,
 }
 
-/// A guest that has written to each page of its memory behind the first 16 MiB, says [`READY`], and then sends characters
-/// for ever.
-pub(crate) fn full_guest(mebibytes: u32, writes: Writes) -> anyhow::Result<NamedTempFile> {
+/// A guest that has written to each page of its memory behind the first 16 MiB, says [`READY`], and then lives like this.
+pub(crate) fn full_guest(mebibytes: u32, life: Life) -> anyhow::Result<NamedTempFile> {
     const START: u32 = 16 << 20;
     const WRITTEN: u32 = 64 << 20;
     const PAGE: i32 = 4096;
@@ -30,8 +33,11 @@ pub(crate) fn full_guest(mebibytes: u32, writes: Writes) -> anyhow::Result<Named
         let mut again = code.create_label();
         let mut within = code.create_label();
         code.set_label(&mut again)?;
-        code.print(ALIVE)?;
-        if writes == Writes::Yes {
+        match life {
+            Life::Idle => code.hlt()?,
+            Life::Talking | Life::Writing => code.print(ALIVE)?,
+        }
+        if life == Life::Writing {
             code.inc(dword_ptr(ecx))?;
             code.add(ecx, PAGE)?;
             code.cmp(ecx, (START + WRITTEN).cast_signed())?;

@@ -13,6 +13,7 @@ mod disk;
 mod driver;
 mod full_guest;
 mod http;
+mod linux;
 mod measurement;
 mod migration;
 mod placement;
@@ -24,6 +25,7 @@ mod scaling;
 mod snapshot;
 mod start;
 mod turns;
+mod vfio;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -31,6 +33,7 @@ use std::process::ExitCode;
 use anyhow::ensure;
 use clap::Parser;
 
+use self::linux::Linux;
 use self::measurement::Measurement;
 use self::programs::Programs;
 use self::report::{Machine, Report};
@@ -56,6 +59,15 @@ struct Run {
     /// A qemu-system-x86_64 to compare with: 11.1 for vfio-user, any for the rest
     #[arg(long)]
     qemu: Option<PathBuf>,
+    /// A kernel to boot, where KVM can run Linux
+    #[arg(long, requires = "linux_initramfs")]
+    linux_kernel: Option<PathBuf>,
+    /// The lab's initramfs for that kernel
+    #[arg(long, requires = "linux_kernel")]
+    linux_initramfs: Option<PathBuf>,
+    /// A device of the host that vfio-pci has: its folder in sysfs
+    #[arg(long)]
+    vfio_device: Option<PathBuf>,
     /// Measure a few times only, which takes less than three minutes
     #[arg(long)]
     quick: bool,
@@ -68,7 +80,7 @@ struct Run {
 }
 
 /// What is measured, in the order of the report.
-const FAMILIES: [(&str, Family); 8] = [
+const FAMILIES: [(&str, Family); 10] = [
     ("start", start::measure),
     ("accesses", accesses::measure),
     ("client", client::measure),
@@ -77,6 +89,8 @@ const FAMILIES: [(&str, Family); 8] = [
     ("snapshot", snapshot::measure),
     ("migration", migration::measure),
     ("disk", disk::measure),
+    ("linux", linux::measure),
+    ("vfio", vfio::measure),
 ];
 
 type Family = fn(&mut Bench) -> anyhow::Result<()>;
@@ -84,6 +98,8 @@ type Family = fn(&mut Bench) -> anyhow::Result<()>;
 /// What measures need: the programs, and where to leave the results.
 struct Bench {
     programs: Programs,
+    linux: Option<Linux>,
+    vfio_device: Option<PathBuf>,
     quick: bool,
     report: Report,
 }
@@ -135,8 +151,11 @@ fn main() -> anyhow::Result<ExitCode> {
     )?;
     let mut machine = Machine::this(arguments.quick)?;
     let skipped = programs.describe(&mut machine)?;
+    let linux = arguments.linux_kernel.zip(arguments.linux_initramfs);
     let mut bench = Bench {
         programs,
+        linux: linux.map(|(kernel, initramfs)| Linux { kernel, initramfs }),
+        vfio_device: arguments.vfio_device,
         quick: arguments.quick,
         report: Report {
             machine,

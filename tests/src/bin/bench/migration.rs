@@ -1,7 +1,8 @@
 //! How long a guest stands still while it moves to another process, and how fast its memory goes there.
 //!
-//! The guest writes to the serial port all the time, so that everyone's standstill is seen from outside and in the same
-//! way: from the last character that comes out of the one process to the first that comes out of the other.
+//! Standstill is measured with a guest that writes to the serial port all the time, so that everyone's is seen from outside
+//! and in the same way: from the last character that comes out of the one process to the first that comes out of the other.
+//! Such a guest takes a CPU for itself. Speed is therefore measured with an idle one, too.
 
 use std::io::{self, Read};
 use std::net::TcpListener;
@@ -16,7 +17,7 @@ use tests::api::request;
 
 use crate::Bench;
 use crate::bare::dirty_scan;
-use crate::full_guest::{READY, Writes, full_guest};
+use crate::full_guest::{Life, READY, full_guest};
 use crate::http::put;
 use crate::measurement::{Aim, Better, Definition, Measurement};
 use crate::plain_copy::Copy;
@@ -34,7 +35,7 @@ const DOWNTIME: Definition = Definition {
 };
 const SPEED: Definition = Definition {
     key: "migrate_gibps",
-    what: "the guest's memory, of which every page is in use, by the time that the migration took",
+    what: "an idle guest's memory, or a writing one's, of which every page is in use, by the time that the migration took",
     unit: "GiB/s",
     better: Better::More,
     limit: Some("a plain copy of the same memory over the same sockets"),
@@ -63,7 +64,7 @@ struct Kind {
     name: &'static str,
     way: Way,
     connections: u32,
-    writes: Writes,
+    life: Life,
     /// Whether it is worth the time when there is little.
     quick: bool,
 }
@@ -74,21 +75,24 @@ enum Way {
     Tcp,
 }
 
-const KINDS: [Kind; 6] = [
-    kind("unix", Way::Unix, 1, Writes::No).worthwhile(),
-    kind("tcp, 1 connection", Way::Tcp, 1, Writes::No),
-    kind("tcp, 4 connections", Way::Tcp, 4, Writes::No),
-    kind("unix, writing", Way::Unix, 1, Writes::Yes),
-    kind("tcp, 1 connection, writing", Way::Tcp, 1, Writes::Yes),
-    kind("tcp, 4 connections, writing", Way::Tcp, 4, Writes::Yes).worthwhile(),
+const KINDS: [Kind; 9] = [
+    kind("unix", Way::Unix, 1, Life::Idle).worthwhile(),
+    kind("tcp, 1 connection", Way::Tcp, 1, Life::Idle),
+    kind("tcp, 4 connections", Way::Tcp, 4, Life::Idle),
+    kind("unix", Way::Unix, 1, Life::Talking).worthwhile(),
+    kind("tcp, 1 connection", Way::Tcp, 1, Life::Talking),
+    kind("tcp, 4 connections", Way::Tcp, 4, Life::Talking),
+    kind("unix, writing", Way::Unix, 1, Life::Writing),
+    kind("tcp, 1 connection, writing", Way::Tcp, 1, Life::Writing),
+    kind("tcp, 4 connections, writing", Way::Tcp, 4, Life::Writing).worthwhile(),
 ];
 
-const fn kind(name: &'static str, way: Way, connections: u32, writes: Writes) -> Kind {
+const fn kind(name: &'static str, way: Way, connections: u32, life: Life) -> Kind {
     Kind {
         name,
         way,
         connections,
-        writes,
+        life,
         quick: false,
     }
 }
@@ -105,6 +109,7 @@ impl Kind {
 /// What a migration showed.
 #[derive(Debug, Default)]
 struct Figures {
+    /// 0 where nobody can see it.
     downtime_ms: f64,
     gibps: f64,
     /// Parts of the downtime by name, in microseconds, if the VMM tells.
@@ -136,16 +141,24 @@ pub(crate) fn measure(bench: &mut Bench) -> anyhow::Result<()> {
             continue;
         }
         let results = migrate_often(bench, kind, mebibytes)?;
-        let mut downtime = results.measurement(&DOWNTIME, |run| run.downtime_ms);
-        // A copy has no guest that could stand still.
-        downtime.limit = None;
-        bench.add(downtime.in_case(kind.name));
-        let speed = results.measurement(&SPEED, |run| run.gibps);
-        speeds.push(speed.in_case(kind.name));
-        if parts.is_empty() {
+        if kind.life != Life::Idle {
+            let mut downtime = results.measurement(&DOWNTIME, |run| run.downtime_ms);
+            // A copy has no guest that could stand still.
+            downtime.limit = None;
+            bench.add(downtime.in_case(kind.name));
+        }
+        if kind.life != Life::Talking {
+            let speed = results.measurement(&SPEED, |run| run.gibps);
+            speeds.push(speed.in_case(kind.name));
+        }
+        if parts.is_empty() && kind.life == Life::Talking {
             parts = tell_parts(&results, mebibytes);
         }
-        let what = format!("{} {}", DOWNTIME.key, kind.name);
+        let key = match kind.life {
+            Life::Idle => SPEED.key,
+            Life::Talking | Life::Writing => DOWNTIME.key,
+        };
+        let what = format!("{key} {}", kind.name);
         bench.failed(&what, results.failures);
     }
     speeds
@@ -178,7 +191,7 @@ fn tell_parts(results: &Results<Figures>, mebibytes: u32) -> Vec<Measurement> {
 }
 
 fn migrate_often(bench: &Bench, kind: Kind, mebibytes: u32) -> anyhow::Result<Results<Figures>> {
-    let kernel = full_guest(mebibytes, kind.writes)?;
+    let kernel = full_guest(mebibytes, kind.life)?;
     let vm = Guest {
         mebibytes,
         ..Guest::small(kernel.path(), &[])
@@ -245,7 +258,12 @@ fn migrate(
             Way::Tcp => wait_for_port(&url)?,
         }
         let last = scope.spawn(move || last_character(&mut said_here));
-        let first = scope.spawn(move || wait_for(&mut said_there, |_| true));
+        let first = scope.spawn(move || match kind.life {
+            Life::Idle => Ok(None),
+            Life::Talking | Life::Writing => {
+                wait_for(&mut said_there, |_| true).map(|(_, first)| Some(first))
+            }
+        });
         let body = json!({"destination_url": url, "connections": kind.connections});
         let began = Instant::now();
         let sent = put(&from, "vm.send-migration", &body.to_string());
@@ -262,11 +280,12 @@ fn migrate(
         let last = last.join().map_err(|_| anyhow!("a thread panicked"))?;
         let first = first.join().map_err(|_| anyhow!("a thread panicked"))?;
         moved?;
-        let (last, (_, first)) = (last?, first?);
+        let (last, first) = (last?, first?);
+        let downtime = first.map(|first| first.saturating_duration_since(last));
         Ok(Figures {
-            downtime_ms: first.saturating_duration_since(last).as_secs_f64() * 1e3,
+            downtime_ms: downtime.unwrap_or_default().as_secs_f64() * 1e3,
             gibps: gibps(mebibytes, time),
-            parts: parts.map_or(Value::Null, |mut body| body["downtime_parts_us"].take()),
+            parts: parts.map_or(Value::Null, |body| body["downtime_parts_us"].clone()),
         })
     })
 }

@@ -11,10 +11,7 @@ use anyhow::{Context, anyhow, bail};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 /// How long a guest may say nothing. Peers that hang are to be left behind.
-const PATIENCE: Timespec = Timespec {
-    tv_sec: 20,
-    tv_nsec: 0,
-};
+const PATIENCE: Duration = Duration::from_secs(20);
 
 /// A process that does not outlive its measurement.
 pub(crate) struct Running {
@@ -71,6 +68,35 @@ impl Running {
         }
     }
 
+    /// Waits so long for a line in which the guest says this. Returns when that was, and what is behind it.
+    pub(crate) fn wait_for_line(
+        &mut self,
+        text: &str,
+        patience: Duration,
+    ) -> anyhow::Result<(Instant, String)> {
+        let output = self.output.as_mut().context("somebody else listens")?;
+        let deadline = Instant::now() + patience;
+        let mut last = String::new();
+        let error = loop {
+            let line = match next_line(output, deadline) {
+                Ok(line) => line,
+                Err(error) => break error,
+            };
+            let at = Instant::now();
+            if let Some((_, rest)) = line.split_once(text) {
+                return Ok((at, rest.to_owned()));
+            }
+            if !line.is_empty() {
+                last = line;
+            }
+        };
+        let error = match last.as_str() {
+            "" => error.context(format!("no {text:?}")),
+            last => error.context(format!("no {text:?}, and the guest last said: {last}")),
+        };
+        Err(self.explain(error))
+    }
+
     /// Adds to an error what the program last said.
     pub(crate) fn explain(&mut self, error: anyhow::Error) -> anyhow::Error {
         let mut said = Vec::new();
@@ -110,19 +136,37 @@ pub(crate) fn wait_for(
     is_it: impl Fn(u8) -> bool,
 ) -> anyhow::Result<(u8, Instant)> {
     loop {
-        let mut fds = [PollFd::new(&*output, PollFlags::IN)];
-        if poll(&mut fds, Some(&PATIENCE))? == 0 {
-            bail!("the guest says nothing");
-        }
-        let mut byte = [0];
-        if output.read(&mut byte)? == 0 {
-            bail!("the guest ended before it said what it should");
-        }
-        let [byte] = byte;
+        let byte = next_byte(output, PATIENCE)?;
         if is_it(byte) {
             return Ok((byte, Instant::now()));
         }
     }
+}
+
+/// Waits for a whole line, and returns it without its end.
+fn next_line(output: &mut ChildStdout, deadline: Instant) -> anyhow::Result<String> {
+    let mut line = Vec::new();
+    loop {
+        let patience = deadline.saturating_duration_since(Instant::now());
+        match next_byte(output, patience)? {
+            b'\n' => return Ok(String::from_utf8_lossy(&line).trim().to_owned()),
+            byte => line.push(byte),
+        }
+    }
+}
+
+fn next_byte(output: &mut ChildStdout, patience: Duration) -> anyhow::Result<u8> {
+    let patience = Timespec::try_from(patience)?;
+    let mut fds = [PollFd::new(&*output, PollFlags::IN)];
+    if poll(&mut fds, Some(&patience))? == 0 {
+        bail!("the guest says nothing");
+    }
+    let mut byte = [0];
+    if output.read(&mut byte)? == 0 {
+        bail!("the guest ended before it said what it should");
+    }
+    let [byte] = byte;
+    Ok(byte)
 }
 
 impl Drop for Running {
@@ -186,5 +230,43 @@ impl Stat {
             parent: number(4)?,
             cpu_time: Duration::from_secs(1) * (number(14)? + number(15)?) / HZ,
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const PATIENCE: Duration = Duration::from_secs(10);
+
+    fn saying(script: &str) -> Running {
+        Running::start(Command::new("sh").args(["-c", script])).unwrap()
+    }
+
+    #[test]
+    fn line_is_found_behind_others_and_without_its_end() {
+        let mut program = saying(r"printf 'noise\r\n\nBEGIN a\r\nEND a 17\r\n'");
+        let (begin, rest) = program.wait_for_line("BEGIN a", PATIENCE).unwrap();
+        assert_eq!(rest, "");
+        let (end, rest) = program.wait_for_line("END a ", PATIENCE).unwrap();
+        assert_eq!(rest, "17");
+        assert!(program.started < begin && begin <= end);
+    }
+
+    #[test]
+    fn line_that_does_not_come_is_missed_with_what_was_said() {
+        let mut program = saying("echo no disk; echo killed >&2");
+        let error = program.wait_for_line("BEGIN", PATIENCE).unwrap_err();
+        let error = format!("{error:#}");
+        for part in ["no \"BEGIN\"", "no disk", "killed"] {
+            assert!(error.contains(part), "{part} is not in: {error}");
+        }
+    }
+
+    #[test]
+    fn patience_ends() {
+        let mut program = saying("while echo again; do sleep 0.01; done");
+        let patience = Duration::from_millis(50);
+        assert!(program.wait_for_line("BEGIN", patience).is_err());
     }
 }

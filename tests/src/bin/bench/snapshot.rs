@@ -14,7 +14,7 @@ use tempfile::TempDir;
 use vm_memory::{GuestAddress, GuestMemoryBackend, ReadVolatile};
 
 use crate::Bench;
-use crate::full_guest::{READY, Writes, full_guest};
+use crate::full_guest::{Life, READY, full_guest};
 use crate::http::{get, put};
 use crate::measurement::{Better, Definition};
 use crate::plain_copy::fresh;
@@ -34,7 +34,7 @@ const RESTORE: Definition = Definition {
 
 pub(crate) fn measure(bench: &mut Bench) -> anyhow::Result<()> {
     let mebibytes = if bench.quick { 256 } else { 1024 };
-    let kernel = full_guest(mebibytes, Writes::No)?;
+    let kernel = full_guest(mebibytes, Life::Talking)?;
     let guest = Guest {
         mebibytes,
         ..Guest::small(kernel.path(), &[])

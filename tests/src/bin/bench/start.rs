@@ -57,9 +57,9 @@ const MEBIBYTES: u32 = 512;
 
 /// What one run of a program showed.
 #[derive(Clone, Copy, Debug)]
-struct Figures {
+pub(crate) struct Figures {
     /// To the first character, in milliseconds.
-    start: f64,
+    pub(crate) start: f64,
     pss_kib: u64,
     threads: usize,
     fds: usize,
@@ -102,13 +102,13 @@ pub(crate) fn measure(bench: &mut Bench) -> anyhow::Result<()> {
 
 /// The smallest of QEMU's machines that will do.
 #[derive(Clone, Copy, Debug)]
-enum Smallest {
+pub(crate) enum Smallest {
     Microvm,
     Q35,
 }
 
 /// Starts them all by turns, with what else each is to be told.
-fn with_peers(
+pub(crate) fn with_peers(
     bench: &Bench,
     guest: &Guest<'_>,
     smallest: Smallest,

@@ -3,6 +3,7 @@
 mod api;
 mod at_work;
 mod backend;
+mod bench;
 mod boot;
 mod card;
 mod cost;
@@ -46,6 +47,10 @@ struct Options {
     #[arg(long)]
     soak: Option<usize>,
 
+    /// Run what `make bench` measures with Linux guests, and nothing else
+    #[arg(long)]
+    bench: bool,
+
     /// Run only cases with one of these texts in their name
     names: Vec<String>,
 }
@@ -55,6 +60,10 @@ fn main() -> ExitCode {
     let mut suite = Suite::new(Images::new(options.lab), options.names, options.seed);
     if let Some(kills) = options.soak {
         suite.run("soak-disks", |case| disk::soak(case, kills));
+        return suite.close();
+    }
+    if options.bench {
+        suite.run("bench-with-linux", bench::with_linux);
         return suite.close();
     }
     suite.run("no-kvm", no_kvm::refused);

@@ -15,9 +15,11 @@ pub(super) struct Row {
 
 // Where things are, in the plot's own units.
 const WIDTH: f64 = 900.0;
-const LEFT: f64 = 250.0;
+const LEFT: f64 = 10.0;
 const RIGHT: f64 = 720.0;
-const ROW: f64 = 28.0;
+/// A line of text, which may be long, and what it is about.
+const ROW: f64 = 46.0;
+const LABEL: f64 = 16.0;
 const AXIS: f64 = 24.0;
 
 /// The plot, as SVG.
@@ -38,19 +40,20 @@ pub(super) fn plot(rows: &[Row]) -> String {
         ));
     }
     for (number, row) in rows.iter().enumerate() {
-        svg.push_str(&draw(row, ROW * (number as f64 + 0.5), &scale));
+        svg.push_str(&draw(row, ROW * number as f64, &scale));
     }
     svg.push_str("</svg>");
     svg
 }
 
-/// A row whose middle is at `y`.
-fn draw(row: &Row, y: f64, scale: &Scale) -> String {
+/// A row that begins at `top`.
+fn draw(row: &Row, top: f64, scale: &Scale) -> String {
     let class = row.class;
+    let y = top + (LABEL + ROW) / 2.0;
     let mut svg = format!(
-        "<text x=\"{:.1}\" y=\"{:.1}\" text-anchor=\"end\">{}</text>\n",
-        LEFT - 10.0,
-        y + 4.5,
+        "<text x=\"{:.1}\" y=\"{:.1}\">{}</text>\n",
+        LEFT + 4.0,
+        top + LABEL,
         escaped(&row.label)
     );
     for sample in &row.samples.0 {
