@@ -15,9 +15,13 @@ RELEASE := target/release
 # What `make bench` compares with: QEMU 11.1 where `make peer` has fetched it, for it is a vfio-user client.
 PEER_CLOUD_HYPERVISOR ?=
 PEER_QEMU ?= $(firstword $(wildcard target/lab/qemu-peer/qemu) $(shell command -v qemu-system-x86_64))
+# The guest that it boots where KVM can run Linux, and the device of the host that it gives to one.
+LINUX_KERNEL ?= $(wildcard target/lab/kernels/6.12/vmlinuz)
+LINUX_INITRAMFS ?= $(wildcard target/lab/images/initramfs-6.12.cpio)
+VFIO_DEVICE ?=
 PROGRAMS := --package vmm --bin outrigger --package tests --bin lab-cases
 
-.PHONY: help demo test test-iommufd unit unit-tests lab soak vf peer setup programs bench lint clean
+.PHONY: help demo test test-iommufd unit unit-tests lab soak vf peer setup programs bench bench-lab lint clean
 
 help: ## Shows this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' $(MAKEFILE_LIST)
@@ -25,7 +29,8 @@ help: ## Shows this list
 demo: programs ## Boots a stock Debian kernel from a disk and shows the guest using a vfio-user device
 	@tests/lab/demo.sh
 
-test: unit lab vf peer ## Runs every test: unit, property, tiny guests on /dev/kvm, and Linux guests in the lab and in QEMU
+# The tests of network cards need a package, too.
+test: setup unit lab vf peer ## Runs every test: unit, property, tiny guests on /dev/kvm, and Linux guests in the lab and in QEMU
 
 test-iommufd: programs ## Builds a kernel with iommufd, once, and runs the cases of the host's devices in a lab with it
 	@tests/lab/iommufd.sh
@@ -81,10 +86,16 @@ unit-tests: setup
 	@program=$$($(CARGO) test --package vmm --lib --no-run --locked --message-format=json-render-diagnostics | \
 	    sed -n 's/.*"executable":"\([^"]*\)".*/\1/p') && cp "$$program" target/lab/unit-tests
 
-bench: ## Measures Outrigger beside its peers, and writes target/bench/report.html; PEER_CLOUD_HYPERVISOR=, PEER_QEMU=, QUICK=1, ONLY=
+bench: ## Measures Outrigger beside its peers, and writes target/bench/report.html; PEER_CLOUD_HYPERVISOR=, PEER_QEMU=, LINUX_KERNEL=, LINUX_INITRAMFS=, VFIO_DEVICE=, QUICK=1, ONLY=
 	$(CARGO) build --release --locked --package vmm --bin outrigger --package tests --bin bench
 	$(RELEASE)/bench run --outrigger $(RELEASE)/outrigger $(if $(QUICK),--quick) $(addprefix --only ,$(ONLY)) \
-	    $(if $(PEER_CLOUD_HYPERVISOR),--cloud-hypervisor $(PEER_CLOUD_HYPERVISOR)) $(if $(PEER_QEMU),--qemu $(PEER_QEMU))
+	    $(if $(PEER_CLOUD_HYPERVISOR),--cloud-hypervisor $(PEER_CLOUD_HYPERVISOR)) $(if $(PEER_QEMU),--qemu $(PEER_QEMU)) \
+	    $(if $(LINUX_KERNEL),--linux-kernel $(LINUX_KERNEL)) $(if $(LINUX_INITRAMFS),--linux-initramfs $(LINUX_INITRAMFS)) \
+	    $(if $(VFIO_DEVICE),--vfio-device $(VFIO_DEVICE))
+
+bench-lab: programs ## Runs the parts of `make bench` that need Linux guests in the lab, where they can run and times mean nothing
+	$(CARGO) build --release --locked --package tests --bin bench
+	@tests/lab/run.sh $(LAB_DEADLINE) $(RELEASE)/lab-cases --bench
 
 lint: ## Checks the format, the lints and the documentation
 	$(CARGO) fmt --all --check
