@@ -1,6 +1,7 @@
 //! Snapshots, compared.
 
 use std::fs;
+use std::ops::Range;
 use std::path::Path;
 
 use serde_json::Value;
@@ -48,15 +49,24 @@ fn timeless_state(path: &Path, with_time: &[&str]) -> Value {
             vcpu[part].take();
         }
         // Whether registers that are as at reset count as in use, XSTATE_BV tells now so and now so (Intel SDM, volume 1,
-        // 13.6). It is in the 64 bits behind the first 512 bytes, each of which has two digits.
-        if let Some(xsave) = vcpu["xsave"]
-            .as_str()
-            .filter(|xsave| xsave.is_ascii() && xsave.len() > 1040)
-        {
-            let mut xsave = xsave.to_owned();
-            xsave.drain(1024..1040);
-            vcpu["xsave"] = xsave.into();
-        }
+        // 13.6). It is in the 64 bits behind the first 512 bytes.
+        cut(vcpu, "xsave", 512..520);
+        // The processor's priority follows from the task's and from what is in service (Intel SDM, volume 3, 11.8.3.1). KVM
+        // works it out anew when it is given the rest, and may tell an old one before that.
+        cut(vcpu, "lapic", 0xa0..0xa4);
     }
     state
+}
+
+/// Takes these bytes, each of which has two digits, out of a part of a vCPU's state.
+fn cut(vcpu: &mut Value, part: &str, bytes: Range<usize>) {
+    let digits = bytes.start * 2..bytes.end * 2;
+    if let Some(text) = vcpu[part]
+        .as_str()
+        .filter(|text| text.is_ascii() && text.len() > digits.end)
+    {
+        let mut text = text.to_owned();
+        text.drain(digits);
+        vcpu[part] = text.into();
+    }
 }
