@@ -13,10 +13,10 @@ use serde_json::{Value, json};
 use tempfile::TempDir;
 
 use crate::lab::Process;
-use crate::outrigger;
+use crate::{outrigger, threads};
 
-/// How long a client waits for an answer.
-const PATIENCE: Duration = Duration::from_secs(30);
+/// How long a client waits for an answer: longer than Outrigger waits for anybody.
+const PATIENCE: Duration = Duration::from_secs(60);
 
 /// An `outrigger --api-socket`.
 #[derive(Debug)]
@@ -173,6 +173,7 @@ impl Vmm {
                 return Ok(progress);
             }
             if Instant::now() > deadline {
+                threads::print();
                 bail!("the operation does not come to the phase {phase}: {progress:#}");
             }
             thread::yield_now();
@@ -217,6 +218,11 @@ pub fn exchange(socket: &Path, bytes: &[u8]) -> io::Result<String> {
     let _ = stream.shutdown(Shutdown::Write);
     let mut answer = Vec::new();
     let read = stream.read_to_end(&mut answer);
+    if let Err(error) = &read
+        && error.kind() == io::ErrorKind::WouldBlock
+    {
+        threads::print();
+    }
     if answer.is_empty() {
         sent?;
         read?;

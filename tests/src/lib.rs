@@ -13,6 +13,7 @@ pub mod outrigger;
 pub mod saved;
 pub mod skipped;
 pub mod tapped_socket;
+mod threads;
 pub mod tiny;
 pub mod travels;
 pub mod truncator;

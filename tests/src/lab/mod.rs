@@ -15,7 +15,6 @@ mod report;
 mod servers;
 mod suite;
 mod tap;
-mod threads;
 
 pub use self::case::{BOOT, Case, Images, NOBODY, SOON, user_device};
 pub use self::cost::{Cost, Counts, Meter};

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, anyhow, bail};
 use rustix::process::{Pid, Signal, kill_process};
 
-use super::threads;
+use crate::threads;
 
 /// A program, what it says, and how it ends. It is killed when this is dropped.
 #[derive(Debug)]

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 /// Prints a line for each thread: its process, its name, its state and its CPU time in ticks, as in `/proc/PID/stat`, and
 /// where in the kernel it sleeps.
-pub(super) fn print() {
+pub(crate) fn print() {
     for process in folders(Path::new("/proc")) {
         if !read(&process, "comm").starts_with("outrigger") {
             continue;
