@@ -45,6 +45,10 @@ pub enum Kind {
     Refused = 10,
     /// The source knows that it runs.
     Heard = 12,
+    /// No more pages come on this connection before the destination has these.
+    RoundEnd = 13,
+    /// It has.
+    RoundTaken = 14,
 }
 
 /// Which frame: its number, from 0 on, in its direction of the first connection of its kind, or what it is about.

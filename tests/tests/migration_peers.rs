@@ -163,13 +163,25 @@ fn source_keeps_a_vm_whose_destination_lies() {
     );
     source.expect_running();
 
+    // One that says something else than that it has taken the first pages.
+    let answer = source.send_to(|mut control, listener| {
+        let _ = read_frame(&mut control);
+        control.write_all(&say(Kind::Ready)).unwrap();
+        take_rounds(listener.accept().unwrap().0, Kind::Prepared);
+    });
+    assert!(
+        answer.is_error(&["the VM does not move", "Prepared, where RoundTaken"]),
+        "{answer:?}"
+    );
+    source.expect_running();
+
     // One that takes everything, and then says something else than it should.
     let after_all = |answers: Vec<Vec<u8>>| {
         move |mut control: UnixStream, listener: &UnixListener| {
             let _ = read_frame(&mut control);
             control.write_all(&frame(Kind::Ready as u32, &[])).unwrap();
-            let (mut lane, _) = listener.accept().unwrap();
-            let drain = thread::spawn(move || std::io::copy(&mut lane, &mut std::io::sink()));
+            let (lane, _) = listener.accept().unwrap();
+            let drain = thread::spawn(move || take_rounds(lane, Kind::RoundTaken));
             while read_frame(&mut control).is_some_and(|(kind, _)| kind != Kind::State as u32) {}
             let mut answers = answers.into_iter();
             let _ = control.write_all(&answers.next().unwrap());
@@ -199,6 +211,17 @@ fn source_keeps_a_vm_whose_destination_lies() {
             "{answer:?}"
         );
         source.expect_running();
+    }
+}
+
+/// Takes all that comes on a connection for memory, and gives this answer at the end of each round.
+fn take_rounds(mut lane: UnixStream, answer: Kind) {
+    let mut hello = [0; 36];
+    lane.read_exact(&mut hello).unwrap();
+    while let Some((kind, _)) = read_frame(&mut lane) {
+        if kind == Kind::RoundEnd as u32 {
+            let _ = lane.write_all(&frame(answer as u32, &[]));
+        }
     }
 }
 

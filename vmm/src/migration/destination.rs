@@ -1,14 +1,12 @@
 //! The end that takes in the VM, which runs it once the source has said that it does not.
 
-use std::io::{self, BufReader};
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::io;
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use super::commit::{Destination, DestinationAction, DestinationInput};
+use super::incoming::{Broken, Incoming};
 use super::local::{self, HandedEstate};
-use super::ram::{self, Buffer};
 use super::reception::Reception;
 use super::record::Record;
 use super::source::{Last, Offer};
@@ -19,17 +17,12 @@ use crate::machine::Machine;
 use crate::machine::device_data::{DeviceDataError, Taking};
 use crate::machine::handover::{HandoverError, Inheritance};
 use crate::machine::state::{StateError, VERSION};
-use crate::memory::Memory;
 use crate::vm::RestoreError;
 
 /// How often it is looked whether the wait for something has come to an end.
 const TICK: Duration = Duration::from_millis(100);
-/// How long a source may take to open its connections for RAM.
-const CONNECTIONS: Duration = Duration::from_secs(30);
 /// The most of them.
 const MAX_CONNECTIONS: u8 = 16;
-/// How much is read to have the head of a frame, and small frames with it, in bytes.
-const HEADS: usize = 16 << 10;
 /// How long a source that has been told that the VM runs here may take to say that it has heard.
 const FAREWELL: Duration = Duration::from_secs(2);
 
@@ -166,71 +159,38 @@ impl<'a> Arrival<'a> {
         connections: u8,
     ) -> Result<Last, ReceiveError> {
         wire::send(&mut self.control, Kind::Ready, &[]).map_err(WireError::from)?;
-        let lanes = self.lanes(connections)?;
         // The source is silent here while it sends RAM, which takes as long as it takes.
         self.control.set_patience(None);
-        let broken = Arc::new(AtomicBool::new(false));
+        let broken = Broken::default();
+        let incoming = Incoming {
+            id: self.id,
+            reception: self.reception,
+            task: self.task,
+            memory: &machine.memory,
+            broken: &broken,
+        };
         thread::scope(|scope| {
-            let receive = |mut lane: Stream| {
-                lane.until_broken(&broken);
-                let (task, broken) = (self.task, &broken);
-                scope.spawn(move || {
-                    let taken = take_ram(lane, &machine.memory, task);
-                    taken.map_err(|error| (is_first(broken), error))
-                })
-            };
-            let lanes: Vec<_> = lanes.into_iter().map(receive).collect();
-            self.control.until_broken(&broken);
+            // Meanwhile, the source may say that it gives up.
+            let ram = scope.spawn(move || incoming.take(connections));
+            self.control.until_broken(&broken.0);
             let devices = take_devices(&mut self.control, machine);
-            let devices = devices.map_err(|error| (is_first(&broken), error));
-            let mut ram = Ok(());
-            for lane in lanes {
-                let failed = |_| {
-                    let error = io::Error::other("a thread that receives memory has failed");
-                    Err((is_first(&broken), error.into()))
-                };
-                match lane.join().unwrap_or_else(failed) {
-                    Err((is_cause, error)) if is_cause || ram.is_ok() => ram = Err(error),
-                    _ => {}
-                }
-            }
-            // The first says more than what has followed from it.
-            match (devices, ram) {
-                (Err((is_cause, error)), ram)
-                    if is_cause || ram.is_ok() || matches!(error, ReceiveError::GivenUp(_)) =>
+            let devices = devices.map_err(|error| broken.by(error));
+            let failed = |_| {
+                let error = io::Error::other("the thread that receives memory has failed");
+                Err(broken.by(WireError::from(error)))
+            };
+            match (devices, ram.join().unwrap_or_else(failed)) {
+                (Err(devices), ram)
+                    if devices.is_first
+                        || ram.is_ok()
+                        || matches!(devices.error, ReceiveError::GivenUp(_)) =>
                 {
-                    Err(error)
+                    Err(devices.error)
                 }
-                (_, Err(error)) => Err(error.into()),
-                (devices, Ok(())) => devices.map_err(|(_, error)| error),
+                (_, Err(ram)) => Err(ram.error),
+                (devices, Ok(())) => devices.map_err(|failure| failure.error),
             }
         })
-    }
-
-    /// The connections that RAM comes by.
-    fn lanes(&self, count: u8) -> Result<Vec<Stream>, ReceiveError> {
-        let deadline = Instant::now() + CONNECTIONS;
-        let mut lanes = Vec::new();
-        while lanes.len() < usize::from(count) {
-            if self.task.cancel().is_asked() {
-                return Err(ReceiveError::Refused);
-            }
-            if Instant::now() > deadline {
-                return Err(WireError::from(io::Error::from(io::ErrorKind::TimedOut)).into());
-            }
-            let call = self
-                .reception
-                .next_call(TICK)
-                .map_err(ReceiveError::Reception)?;
-            let of_this =
-                |call: &super::reception::Call| call.role == Role::Memory && call.id == self.id;
-            if let Some(mut call) = call.filter(of_this) {
-                call.stream.until(self.task.cancel());
-                call.stream.set_patience(None);
-                lanes.push(call.stream);
-            }
-        }
-        Ok(lanes)
     }
 
     /// Says that everything is here, and waits for the word to run it: true if it comes. If it does not, the copy that is
@@ -333,27 +293,6 @@ struct Head {
 #[derive(Debug, serde::Deserialize)]
 struct HeadOfMachine {
     version: u32,
-}
-
-/// Has an error of one connection end the others. Returns whether there has been none before.
-fn is_first(broken: &AtomicBool) -> bool {
-    !broken.swap(true, Ordering::AcqRel)
-}
-
-fn take_ram(lane: Stream, memory: &Memory, task: &Task) -> Result<(), WireError> {
-    // The heads of frames come with the beginning of what follows. The rest of that takes no detour.
-    let mut lane = BufReader::with_capacity(HEADS, lane);
-    let mut buffer = Buffer::new();
-    loop {
-        match wire::receive_head(&mut lane)? {
-            (Kind::Pages, length) => {
-                ram::receive_block(&mut lane, length, memory, &mut buffer)?;
-                task.update(|progress| progress.copied_bytes += u64::from(length));
-            }
-            (Kind::PagesEnd, _) => return Ok(()),
-            (kind, _) => return Err(WireError::Unexpected(format!("{kind:?} among memory"))),
-        }
-    }
 }
 
 /// Gives the devices their state as it comes, and returns what comes after it.

@@ -41,6 +41,11 @@ impl<S: Write + WriteVolatile> Gather<S> {
         self.stream.write_all_volatile(&rest).map_err(into_io)
     }
 
+    /// The stream, to hear what comes the other way.
+    pub(super) fn below(&mut self) -> &mut S {
+        &mut self.stream
+    }
+
     /// The stream, when everything has gone out.
     #[cfg(test)]
     pub(super) fn into_stream(mut self) -> io::Result<S> {

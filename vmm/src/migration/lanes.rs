@@ -7,7 +7,7 @@ use std::thread;
 use super::gather::Gather;
 use super::ram::{self, Outgoing, Sent};
 use super::stream::{ConnectError, Route, Stream};
-use super::wire::{self, Kind, MigrationId, Role};
+use super::wire::{self, Kind, MigrationId, Role, WireError};
 use crate::control::Task;
 use crate::memory::Memory;
 use crate::memory::written::{Pages, WriteLog};
@@ -33,6 +33,9 @@ pub(super) struct Load<'a> {
     pub(super) log: Option<&'a WriteLog<'a>>,
     /// How many bytes of contents are enough.
     pub(super) limit: u64,
+    /// Whether to wait until the destination has them. On their way, much may be in the host's and the network's buffers,
+    /// which is sent neither as fast as it seems, nor before the guest stands still.
+    pub(super) awaited: bool,
 }
 
 impl<'m> Lanes<'m> {
@@ -57,7 +60,7 @@ impl<'m> Lanes<'m> {
     }
 
     /// Sends pages, over all of them at the same time, and tells `task` of each piece.
-    pub(super) fn send(&self, load: &Load<'_>, task: &Task) -> io::Result<Sent> {
+    pub(super) fn send(&self, load: &Load<'_>, task: &Task) -> Result<Sent, WireError> {
         let busy: Vec<_> = (0..self.0.len())
             .filter(|index| self.stripes_of(*index, load.pages).next().is_some())
             .collect();
@@ -72,14 +75,15 @@ impl<'m> Lanes<'m> {
                 .collect();
             let sent = self.send_by(*first, load, task);
             others.into_iter().fold(sent, |all, thread| {
-                let failed = |_| Err(io::Error::other("a thread that sends memory has failed"));
+                let failed =
+                    |_| Err(io::Error::other("a thread that sends memory has failed").into());
                 let sent = thread.join().unwrap_or_else(failed);
                 Ok(all? + sent?)
             })
         })
     }
 
-    fn send_by(&self, index: usize, load: &Load<'_>, task: &Task) -> io::Result<Sent> {
+    fn send_by(&self, index: usize, load: &Load<'_>, task: &Task) -> Result<Sent, WireError> {
         let Some(mut lane) = self.0.get(index).map(lock) else {
             return Ok(Sent::default());
         };
@@ -104,7 +108,12 @@ impl<'m> Lanes<'m> {
                 break;
             }
         }
-        stream.flush()?;
+        if load.awaited {
+            wire::send(stream, Kind::RoundEnd, &[])?;
+            wire::expect(stream.below(), Kind::RoundTaken)?;
+        } else {
+            stream.flush()?;
+        }
         Ok(all)
     }
 
@@ -124,10 +133,9 @@ impl<'m> Lanes<'m> {
     }
 
     /// Says that nothing more comes.
-    pub(super) fn end(&self) -> io::Result<()> {
-        self.0
-            .iter()
-            .try_for_each(|lane| wire::send(&mut lock(lane).stream, Kind::PagesEnd, &[]))
+    pub(super) fn end(&self) -> Result<(), WireError> {
+        let end = |lane| wire::send(&mut lock(lane).stream, Kind::PagesEnd, &[]);
+        Ok(self.0.iter().try_for_each(end)?)
     }
 }
 

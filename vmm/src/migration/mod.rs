@@ -10,6 +10,7 @@ mod commit;
 mod destination;
 mod device_logs;
 mod gather;
+mod incoming;
 mod lanes;
 mod local;
 mod policy;

@@ -92,6 +92,7 @@ pub(super) fn copy(
             fresh,
             log: Some(&tracking.written),
             limit: u64::MAX,
+            awaited: true,
         };
         let sent = lanes.send(&load, task).map_err(SendError::Memory)?;
         let from_devices = devices.read(control, task)?;
@@ -141,6 +142,7 @@ fn sample(
         fresh: true,
         log: None,
         limit: SAMPLE,
+        awaited: true,
     };
     let sent = lanes.send(&load, task).map_err(SendError::Memory)?;
     policy.measure(sent.bytes(), began.elapsed());

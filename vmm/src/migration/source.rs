@@ -71,7 +71,7 @@ pub(crate) enum SendError {
     Device(#[from] DeviceDataError),
     /// RAM cannot be sent.
     #[error("its memory cannot be sent")]
-    Memory(#[source] io::Error),
+    Memory(#[source] WireError),
     /// It takes longer than it may.
     #[error(
         "the guest writes to memory faster than it can be sent, and the time is over: give it more (downtime_ms, \
@@ -96,18 +96,20 @@ pub(crate) enum SendError {
 }
 
 impl SendError {
-    /// Whether the destination has closed the connection on which something was sent.
+    /// Whether the destination has gone, as far as one can see.
     fn is_hangup(&self) -> bool {
-        let (Self::Wire(WireError::Io(error))
-        | Self::Memory(error)
-        | Self::Device(DeviceDataError::Copy { source: error, .. })) = self
-        else {
-            return false;
-        };
-        matches!(
-            error.kind(),
-            io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset
-        )
+        match self {
+            Self::Connect(ConnectError::Connect { .. }) => true,
+            Self::Wire(WireError::Io(error))
+            | Self::Memory(WireError::Io(error))
+            | Self::Device(DeviceDataError::Copy { source: error, .. }) => matches!(
+                error.kind(),
+                io::ErrorKind::BrokenPipe
+                    | io::ErrorKind::ConnectionReset
+                    | io::ErrorKind::UnexpectedEof
+            ),
+            _ => false,
+        }
     }
 }
 
@@ -307,6 +309,8 @@ fn send_rest(
         fresh: false,
         log: None,
         limit: u64::MAX,
+        // It says itself when it has everything.
+        awaited: false,
     };
     lanes
         .send(&load, task)

@@ -11,7 +11,8 @@
 //! | | `State` | `Prepared`, when nothing can fail any more |
 //! | | `Commit` | `Committed`, when the VM runs |
 //! | | `Heard` | |
-//! | memory, 1 to 16 of them | `Pages`..., `PagesEnd` | |
+//! | memory, 1 to 16 of them | `Pages`..., `RoundEnd` | `RoundTaken`, when these are in its RAM; and so on |
+//! | | `Pages`..., `PagesEnd` | |
 //! | question | | `Committed`, `Refused` or `Unknown` |
 //!
 //! A VM that is [handed over](super::local) has no connections for memory, and sends no `DeviceData`. As many descriptors as
@@ -188,10 +189,14 @@ pub(super) enum Kind {
     Unknown = 11,
     /// To the destination: the source knows that the VM runs there, and will not ask.
     Heard = 12,
+    /// To the destination, on a connection for pages: no more come before the destination has these.
+    RoundEnd = 13,
+    /// To the source, there: it has.
+    RoundTaken = 14,
 }
 
 impl Kind {
-    const ALL: [Self; 12] = [
+    const ALL: [Self; 14] = [
         Self::Machine,
         Self::Ready,
         Self::Pages,
@@ -204,6 +209,8 @@ impl Kind {
         Self::Refused,
         Self::Unknown,
         Self::Heard,
+        Self::RoundEnd,
+        Self::RoundTaken,
     ];
 
     fn from_number(number: u32) -> Option<Self> {
@@ -218,6 +225,7 @@ impl Kind {
             Self::Pages => MAX_PAGES,
             Self::Refused => MAX_REASON,
             Self::Ready | Self::PagesEnd | Self::Prepared => 0,
+            Self::RoundEnd | Self::RoundTaken => 0,
             Self::Commit | Self::Committed | Self::Unknown | Self::Heard => 0,
         }
     }
@@ -369,7 +377,7 @@ mod tests {
             assert_eq!(Kind::from_number(kind as u32), Some(kind));
         }
         assert_eq!(Kind::from_number(0), None);
-        assert_eq!(Kind::from_number(13), None);
+        assert_eq!(Kind::from_number(15), None);
     }
 
     #[test]
