@@ -10,6 +10,9 @@ const SLOWEST: u8 = 80;
 const SCATTERED: u32 = 8;
 /// Rounds of which each leaves less than this of the one before are getting somewhere.
 const PROGRESS: f64 = 0.8;
+/// And when the VM could stop already, it goes on running while each leaves less than this: the standstill becomes so much
+/// shorter, and all these rounds together take no more than twice the first of them.
+const WORTHWHILE: f64 = 0.5;
 
 /// What the user wants.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -96,18 +99,23 @@ impl Policy {
         } else {
             estimate
         };
+        let before = self.left.replace(float(left));
+        let leaves_less_than = |part: f64| before.is_none_or(|before| float(left) < before * part);
+        let is_over = round.elapsed >= self.goal.timeout;
         if left == 0 || at_worst <= self.goal.downtime {
-            return Decision::Switch;
+            return if left > 0 && !is_over && leaves_less_than(WORTHWHILE) {
+                Decision::Again
+            } else {
+                Decision::Switch
+            };
         }
-        if round.elapsed >= self.goal.timeout {
+        if is_over {
             return match self.goal.on_timeout {
                 OnTimeout::Cancel => Decision::GiveUp,
                 OnTimeout::Move => Decision::Switch,
             };
         }
-        let before = self.left.replace(float(left));
-        let outrun = before.is_some_and(|before| float(left) > before * PROGRESS);
-        if outrun && self.slowed < SLOWEST {
+        if !leaves_less_than(PROGRESS) && self.slowed < SLOWEST {
             self.slowed += SLOWER;
             // What the next round leaves is compared with a round at the same pace.
             self.left = None;
@@ -245,6 +253,28 @@ mod tests {
     }
 
     #[test]
+    fn it_goes_on_while_that_shortens_the_standstill() {
+        // After the first round, a tenth of a second would do, and after a few more of them less than a page is left.
+        let (decision, slowed, downtime) = simulate(GOAL, 512.0, 100.0, 1000.0);
+        assert_eq!((decision, slowed), (Decision::Switch, 0));
+        assert!(downtime < 1e-5, "{downtime}");
+        // What each round leaves again is left at once.
+        let mut policy = Policy::new(GOAL);
+        let mut decide = |dirty| {
+            policy.decide(&Round {
+                sent: 1000 * MIB,
+                took: Duration::from_secs(1),
+                dirty,
+                devices: 0,
+                elapsed: Duration::from_secs(1),
+            })
+        };
+        assert_eq!(decide(MIB), Decision::Again);
+        assert_eq!(decide(MIB / 4), Decision::Again);
+        assert_eq!(decide(MIB / 4), Decision::Switch);
+    }
+
+    #[test]
     fn what_devices_have_counts() {
         let mut policy = Policy::new(GOAL);
         let mut round = Round {
@@ -255,7 +285,9 @@ mod tests {
             elapsed: Duration::from_secs(1),
         };
         assert_eq!(policy.decide(&round), Decision::Again);
-        round.devices = 50 * MIB;
+        round.devices = 99 * MIB;
+        assert_eq!(policy.decide(&round), Decision::Again, "it shrinks");
+        round.devices = 98 * MIB;
         assert_eq!(policy.decide(&round), Decision::Switch);
     }
 
