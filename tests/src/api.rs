@@ -18,6 +18,9 @@ use crate::{outrigger, threads};
 /// How long a client waits for an answer: longer than Outrigger waits for anybody.
 const PATIENCE: Duration = Duration::from_secs(60);
 
+/// How often it asks for what it waits for. The CPUs are for those who do it.
+const POLL: Duration = Duration::from_millis(2);
+
 /// An `outrigger --api-socket`.
 #[derive(Debug)]
 pub struct Vmm {
@@ -67,7 +70,7 @@ impl Vmm {
             if Instant::now() > deadline {
                 bail!("nobody listens on {}", socket.display());
             }
-            thread::yield_now();
+            thread::sleep(POLL);
         }
         Ok(Self {
             process,
@@ -112,7 +115,7 @@ impl Vmm {
             if Instant::now() > deadline {
                 bail!("the VM is {}, and not {state}", self.state()?);
             }
-            thread::yield_now();
+            thread::sleep(POLL);
         }
         Ok(())
     }
@@ -176,7 +179,7 @@ impl Vmm {
                 threads::print();
                 bail!("the operation does not come to the phase {phase}: {progress:#}");
             }
-            thread::yield_now();
+            thread::sleep(POLL);
         }
     }
 

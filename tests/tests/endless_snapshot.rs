@@ -5,7 +5,7 @@
 use std::io;
 use std::path::Path;
 use std::thread;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use rustix::process::Signal;
 use serde_json::json;
@@ -66,7 +66,7 @@ fn wait_until_it_is_written(vmm: &Vmm, folder: &Path) {
     };
     while !is_written() {
         assert!(Instant::now() < deadline, "{:?}", vmm.get("vm.migration"));
-        thread::yield_now();
+        thread::sleep(Duration::from_millis(2));
     }
 }
 

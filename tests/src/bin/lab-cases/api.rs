@@ -3,7 +3,7 @@
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::thread;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
@@ -36,7 +36,7 @@ impl Api {
         let deadline = Instant::now() + SOON;
         while let Err(error) = UnixStream::connect(&self.0) {
             ensure!(Instant::now() < deadline, "no API: {error}");
-            thread::yield_now();
+            thread::sleep(Duration::from_millis(2));
         }
         Ok(vmm)
     }
