@@ -1,7 +1,6 @@
 //! The connections that guest RAM takes, at the source: one or more, and a stripe of RAM always takes the same.
 
 use std::io::{self, Write};
-use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::thread;
 
 use super::gather::Gather;
@@ -14,13 +13,22 @@ use crate::memory::written::{Pages, WriteLog};
 
 /// The connections.
 #[derive(Debug)]
-pub(super) struct Lanes<'m>(Vec<Mutex<Lane<'m>>>);
+pub(super) struct Lanes<'m>(Vec<Lane<'m>>);
 
 #[derive(Debug)]
 struct Lane<'m> {
+    stripes: Stripes,
     stream: Gather<Stream>,
     /// All of RAM, of which each lane sends its stripes.
     regions: Vec<Outgoing<'m>>,
+}
+
+/// The stripes that a lane takes.
+#[derive(Debug, Clone, Copy)]
+struct Stripes {
+    /// The lane's number, and how many there are.
+    index: u8,
+    count: u8,
 }
 
 /// Pages to be sent.
@@ -47,33 +55,32 @@ impl<'m> Lanes<'m> {
         count: u8,
         task: &Task,
     ) -> Result<Self, ConnectError> {
-        let open = |_| {
+        let open = |index| {
             let mut stream = route.connect(task.cancel())?;
             wire::say_hello(&mut stream, Role::Memory, id)
                 .map_err(|source| route.failed(source))?;
-            Ok(Mutex::new(Lane {
+            Ok(Lane {
+                stripes: Stripes { index, count },
                 stream: Gather::new(stream),
                 regions: memory.regions().map(Outgoing::new).collect(),
-            }))
+            })
         };
         (0..count).map(open).collect::<Result<_, _>>().map(Self)
     }
 
     /// Sends pages, over all of them at the same time, and tells `task` of each piece.
-    pub(super) fn send(&self, load: &Load<'_>, task: &Task) -> Result<Sent, WireError> {
-        let busy: Vec<_> = (0..self.0.len())
-            .filter(|index| self.stripes_of(*index, load.pages).next().is_some())
-            .collect();
+    pub(super) fn send(&mut self, load: &Load<'_>, task: &Task) -> Result<Sent, WireError> {
+        let lanes = self.0.iter_mut();
+        let mut busy = lanes.filter(|lane| lane.stripes.of(load.pages).next().is_some());
         // A thread takes as long to start as a few pages to send.
-        let Some((first, others)) = busy.split_first() else {
+        let Some(first) = busy.next() else {
             return Ok(Sent::default());
         };
         thread::scope(|scope| {
-            let others: Vec<_> = others
-                .iter()
-                .map(|index| scope.spawn(move || self.send_by(*index, load, task)))
+            let others: Vec<_> = busy
+                .map(|lane| scope.spawn(move || lane.send(load, task)))
                 .collect();
-            let sent = self.send_by(*first, load, task);
+            let sent = first.send(load, task);
             others.into_iter().fold(sent, |all, thread| {
                 let failed =
                     |_| Err(io::Error::other("a thread that sends memory has failed").into());
@@ -83,21 +90,25 @@ impl<'m> Lanes<'m> {
         })
     }
 
-    fn send_by(&self, index: usize, load: &Load<'_>, task: &Task) -> Result<Sent, WireError> {
-        let Some(mut lane) = self.0.get(index).map(lock) else {
-            return Ok(Sent::default());
-        };
-        let Lane { stream, regions } = &mut *lane;
+    /// Says that nothing more comes.
+    pub(super) fn end(&mut self) -> Result<(), WireError> {
+        let end = |lane: &mut Lane<'_>| wire::send(&mut lane.stream, Kind::PagesEnd, &[]);
+        Ok(self.0.iter_mut().try_for_each(end)?)
+    }
+}
+
+impl Lane<'_> {
+    fn send(&mut self, load: &Load<'_>, task: &Task) -> Result<Sent, WireError> {
         let mut all = Sent::default();
-        for (number, stripe, words) in self.stripes_of(index, load.pages) {
-            let Some(region) = regions.get_mut(number) else {
+        for (number, stripe, words) in self.stripes.of(load.pages) {
+            let Some(region) = self.regions.get_mut(number) else {
                 break;
             };
             if let Some(log) = load.log {
                 let first = usize::try_from(stripe).unwrap_or(usize::MAX) * words.len();
                 log.clear(number, first, &words).map_err(io::Error::other)?;
             }
-            let sent = region.send_stripe(stream, stripe, &words, load.fresh)?;
+            let sent = region.send_stripe(&mut self.stream, stripe, &words, load.fresh)?;
             all = all + sent;
             task.update(|progress| {
                 progress.copied_bytes += sent.bytes();
@@ -109,36 +120,24 @@ impl<'m> Lanes<'m> {
             }
         }
         if load.awaited {
-            wire::send(stream, Kind::RoundEnd, &[])?;
-            wire::expect(stream.below(), Kind::RoundTaken)?;
+            wire::send(&mut self.stream, Kind::RoundEnd, &[])?;
+            wire::expect(self.stream.below(), Kind::RoundTaken)?;
         } else {
-            stream.flush()?;
+            self.stream.flush()?;
         }
         Ok(all)
     }
+}
 
-    /// The stripes that a lane takes: the number of their region, their own, and which of their pages are wanted.
-    fn stripes_of<'p>(
-        &self,
-        index: usize,
-        pages: &'p Pages,
-    ) -> impl Iterator<Item = (usize, u64, ram::Words)> + 'p {
-        let lanes = self.0.len() as u64;
+impl Stripes {
+    /// Those of some pages: the number of their region, their own, and which of their pages are wanted.
+    fn of(self, pages: &Pages) -> impl Iterator<Item = (usize, u64, ram::Words)> {
+        let Self { index, count } = self;
         let regions = pages.regions().iter().enumerate();
         regions.flat_map(move |(number, pages)| {
             ram::stripes(pages)
-                .filter(move |(stripe, _)| stripe % lanes == index as u64)
+                .filter(move |(stripe, _)| stripe % u64::from(count) == u64::from(index))
                 .map(move |(stripe, words)| (number, stripe, words))
         })
     }
-
-    /// Says that nothing more comes.
-    pub(super) fn end(&self) -> Result<(), WireError> {
-        let end = |lane| wire::send(&mut lock(lane).stream, Kind::PagesEnd, &[]);
-        Ok(self.0.iter().try_for_each(end)?)
-    }
-}
-
-fn lock<'l, 'm>(lane: &'l Mutex<Lane<'m>>) -> MutexGuard<'l, Lane<'m>> {
-    lane.lock().unwrap_or_else(PoisonError::into_inner)
 }

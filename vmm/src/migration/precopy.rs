@@ -59,7 +59,7 @@ impl<'m> Tracking<'m> {
 /// still to be taken from `tracking`.
 pub(super) fn copy(
     tracking: &mut Tracking<'_>,
-    lanes: &Lanes<'_>,
+    lanes: &mut Lanes<'_>,
     devices: &mut Early<'_>,
     control: &mut Stream,
     request: &SendRequest,
@@ -130,7 +130,7 @@ pub(super) fn copy(
 /// stands still. That takes as long as a part of it says, which is sent first.
 fn sample(
     tracking: &Tracking<'_>,
-    lanes: &Lanes<'_>,
+    lanes: &mut Lanes<'_>,
     policy: &mut Policy,
     request: &SendRequest,
     task: &Task,

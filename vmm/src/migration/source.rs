@@ -228,11 +228,18 @@ fn transfer(
     id: MigrationId,
     control: &mut Stream,
 ) -> Result<Departed, SendError> {
-    let lanes = Lanes::open(&machine.memory, route, id, request.connections, task)?;
+    let mut lanes = Lanes::open(&machine.memory, route, id, request.connections, task)?;
     task.enter(Phase::Precopy);
     let mut early = Early::start(machine)?;
     let mut tracking = Tracking::start(machine)?;
-    let left = precopy::copy(&mut tracking, &lanes, &mut early, control, request, task)?;
+    let left = precopy::copy(
+        &mut tracking,
+        &mut lanes,
+        &mut early,
+        control,
+        request,
+        task,
+    )?;
 
     let mut downtime = Downtime::begin();
     // What follows, whatever goes wrong has the VM go on.
@@ -246,7 +253,7 @@ fn transfer(
     let mut pages = tracking.take()?;
     pages.add_all(&left);
     downtime.has_done("dirty_log");
-    send_rest(&frozen, &pages, &lanes, control, paused.ran, task)?;
+    send_rest(&frozen, &pages, &mut lanes, control, paused.ran, task)?;
     downtime.has_done("copy");
     await_prepared(control)?;
     downtime.has_done("destination");
@@ -298,7 +305,7 @@ pub(super) fn conclude(
 fn send_rest(
     frozen: &Frozen<'_>,
     pages: &Pages,
-    lanes: &Lanes<'_>,
+    lanes: &mut Lanes<'_>,
     control: &mut Stream,
     runs: bool,
     task: &Task,
