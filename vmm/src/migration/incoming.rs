@@ -59,22 +59,22 @@ impl Incoming<'_> {
         let lanes = self.lanes(connections);
         let lanes = lanes.map_err(|error| self.broken.by(error))?;
         thread::scope(|scope| {
-            let lanes: Vec<_> = lanes
-                .into_iter()
+            let mut lanes = lanes.into_iter();
+            let first = lanes.next();
+            let others: Vec<_> = lanes
                 .map(|lane| scope.spawn(move || self.take_lane(lane)))
                 .collect();
             let failed = |_| {
                 let error = io::Error::other("a thread that receives memory has failed");
                 Err(self.broken.by(WireError::from(error)))
             };
-            let mut all = Ok(());
-            for lane in lanes {
+            let first = first.map_or(Ok(()), |lane| self.take_lane(lane));
+            others.into_iter().fold(first, |all, lane| {
                 match lane.join().unwrap_or_else(failed) {
-                    Err(failure) if failure.is_first || all.is_ok() => all = Err(failure),
-                    _ => {}
+                    Err(failure) if failure.is_first || all.is_ok() => Err(failure),
+                    _ => all,
                 }
-            }
-            all
+            })
         })
     }
 
