@@ -128,6 +128,27 @@ impl Running {
         });
         times.sum()
     }
+
+    /// The part of that which its vCPUs have taken.
+    pub(crate) fn vcpu_time(&self) -> anyhow::Result<Duration> {
+        let mut all = Duration::ZERO;
+        for process in processes(self.child.id())? {
+            for thread in fs::read_dir(format!("/proc/{process}/task"))? {
+                let thread = thread?.path();
+                // One that has ended meanwhile was none.
+                let name = fs::read_to_string(thread.join("comm")).unwrap_or_default();
+                if is_vcpu(name.trim_end()) {
+                    all += Stat::read(&thread)?.cpu_time;
+                }
+            }
+        }
+        Ok(all)
+    }
+}
+
+/// Whether a thread is a vCPU: Outrigger's are `vcpu0`, QEMU's `CPU 0/KVM`.
+fn is_vcpu(name: &str) -> bool {
+    name.starts_with("vcpu") || (name.starts_with("CPU ") && name.ends_with("/KVM"))
 }
 
 /// Waits for a character that is waited for, and returns when it came.
