@@ -62,10 +62,11 @@ fn migration_is_cancelled_at_any_time_at_either_end() {
             assert!(first.is_error(&["was cancelled"]), "{moment:?}: {first:?}");
             assert_eq!(end.phase().unwrap(), "Cancelled");
             crossing.release();
-            let released = Instant::now();
             let second = second.join().unwrap().unwrap();
             assert_eq!(second.status, 500, "{moment:?}: {second:?}");
-            assert!(released.elapsed() < SOON, "{moment:?}: {second:?}");
+            // It is heard at once, and not when patience is at its end.
+            let reason = second.body.to_string();
+            assert!(!reason.contains("timed out"), "{moment:?}: {reason}");
             assert_eq!(here.state().unwrap().as_deref(), Some("Running"));
             assert_eq!(next.state().unwrap(), None);
             here.expect_work().unwrap();

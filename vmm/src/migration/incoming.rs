@@ -85,7 +85,10 @@ impl Incoming<'_> {
             if self.task.cancel().is_asked() {
                 return Err(ReceiveError::Refused);
             }
-            if self.broken.0.load(Ordering::Acquire) || Instant::now() > deadline {
+            if self.broken.0.load(Ordering::Acquire) {
+                return Err(WireError::from(io::Error::other("another connection is lost")).into());
+            }
+            if Instant::now() > deadline {
                 return Err(WireError::from(io::Error::from(io::ErrorKind::TimedOut)).into());
             }
             let call = self
